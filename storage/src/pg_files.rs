@@ -1,0 +1,1 @@
+//! The few things storage must know about files of Postgres: `PG_VERSION`, `pg_control`, and WAL segments.

@@ -1,0 +1,90 @@
+//! The seam to whoever holds the clients (the proxy): are they idle, hold them, let them go.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use ebb_types::BranchId;
+use serde::{Deserialize, Serialize};
+
+/// Whoever holds client connections. Implemented in `cli` over the proxy; [`NoClients`] where there is none.
+#[async_trait]
+pub trait Clients: Debug + Send + Sync + 'static {
+    /// What the clients of a branch are doing.
+    fn activity(&self, branch: BranchId) -> Activity;
+
+    /// All client sessions of a branch.
+    fn sessions(&self, branch: BranchId) -> Vec<SessionRow>;
+
+    /// Holds new work and detaches every session. With `end_rest`, sessions that cannot be detached by the deadline
+    /// are ended; without, the first of them makes this fail and everyone goes on.
+    ///
+    /// # Errors
+    /// The sessions that stand in the way.
+    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>>;
+
+    /// Lets everyone go on.
+    fn release(&self, branch: BranchId);
+
+    /// The compute of this generation is gone without having been stopped.
+    fn lost(&self, branch: BranchId, generation: u64);
+}
+
+/// Shared [`Clients`].
+pub type SharedClients = Arc<dyn Clients>;
+
+/// What the clients of a branch are doing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Activity {
+    /// How long ago a client last did any work; `None`: no client so far.
+    pub idle_for: Option<Duration>,
+    /// Sessions in a query or a transaction, or waiting for the compute.
+    pub busy: usize,
+    /// All sessions.
+    pub sessions: usize,
+}
+
+/// One client session, as `ebb compute status` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SessionRow {
+    /// Number of the connection.
+    pub conn: u64,
+    /// The role that logged in.
+    pub role: String,
+    /// The database.
+    pub database: String,
+    /// `application_name` as given at start-up.
+    pub application: String,
+    /// The client's address.
+    pub peer: String,
+    /// `waiting`, `active`, `idle`, `pinned` or `hibernated`.
+    pub state: String,
+    /// What keeps a pinned session from being hibernated.
+    pub reason: Option<String>,
+    /// Seconds in this state.
+    pub since_seconds: f64,
+}
+
+/// No clients at all: for tests and tools.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoClients;
+
+#[async_trait]
+impl Clients for NoClients {
+    fn activity(&self, _: BranchId) -> Activity {
+        Activity::default()
+    }
+
+    fn sessions(&self, _: BranchId) -> Vec<SessionRow> {
+        Vec::new()
+    }
+
+    async fn fence(&self, _: BranchId, _: Duration, _: bool) -> Result<(), Vec<SessionRow>> {
+        Ok(())
+    }
+
+    fn release(&self, _: BranchId) {}
+
+    fn lost(&self, _: BranchId, _: u64) {}
+}
