@@ -46,7 +46,7 @@ pub struct Activity {
 }
 
 /// One client session, as `ebb compute status` shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SessionRow {
     /// Number of the connection.
     pub conn: u64,
