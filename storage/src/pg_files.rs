@@ -1,1 +1,213 @@
-//! The few things storage must know about files of Postgres: `PG_VERSION`, `pg_control`, and WAL segments.
+//! The few things storage must know about files of Postgres: `PG_VERSION`, `pg_control`, and the names of WAL segments.
+//!
+//! The control file's layout is `ControlFileData` (PostgreSQL 15, `src/include/catalog/pg_control.h`). What is read
+//! here stands at the same place in 14 to 18, except that the checksum moved by four bytes in 18:
+//!
+//! ```text
+//! offset  size  meaning
+//!      0     8  system identifier
+//!      8     4  pg_control_version: 1300 for 14 to 16, 1700 for 17, 1800 for 18
+//!     16     4  DBState
+//!     40     8  redo position of the latest pg_checkpoint
+//!     48     4  Postgres timeline of it
+//!      F     8  1234567.0, the "float format" mark; found by its value, because what is before it may grow
+//!   F+ 8     4  BLCKSZ
+//!   F+20     4  bytes of a WAL segment
+//!   F+80     4  CRC-32C of everything before it (18: F+84, after a byte for char's signedness)
+//! ```
+
+use std::fs;
+use std::path::Path;
+
+use ebb_types::Lsn;
+
+use crate::error::{Error, LocalContext, Result};
+use crate::layer::{BLOCK_BYTES, ImageInfo};
+
+/// The path of the control file in a data directory.
+pub const PG_CONTROL: &str = "global/pg_control";
+
+/// The oldest and newest Postgres major version whose files are understood.
+pub const PG_MAJORS: std::ops::RangeInclusive<u32> = 14..=18;
+
+const FLOAT_FORMAT: [u8; 8] = 1_234_567.0_f64.to_le_bytes();
+
+/// `DB_SHUTDOWNED` of `DBState`: shut down cleanly as a primary.
+const DB_SHUTDOWNED: u32 = 1;
+
+/// Reads `PG_VERSION` and `pg_control` of a data directory.
+///
+/// # Errors
+/// `Local` when a file cannot be read; else as [`image_info`].
+pub fn read_image_info(data_dir: &Path) -> Result<ImageInfo> {
+    let version = data_dir.join("PG_VERSION");
+    let control = data_dir.join(PG_CONTROL);
+    image_info(&fs::read(&version).on("read", &version)?, &fs::read(&control).on("read", &control)?)
+}
+
+/// Takes apart the bytes of `PG_VERSION` and `pg_control`.
+///
+/// # Errors
+/// `Corrupt` when the control file's checksum or contents make no sense; `Invalid` for a Postgres that is not supported.
+pub fn image_info(pg_version: &[u8], pg_control: &[u8]) -> Result<ImageInfo> {
+    let pg_major = pg_major(pg_version)?;
+    let corrupt = |why: &str| Error::Corrupt { what: "pg_control".to_owned(), why: why.to_owned() };
+    let mark = (56..pg_control.len().saturating_sub(88))
+        .step_by(8)
+        .find(|&at| pg_control[at..at + 8] == FLOAT_FORMAT)
+        .ok_or_else(|| corrupt("it has no float format mark (cut short, or from another kind of machine)"))?;
+    let crc_at = mark + if pg_major >= 18 { 84 } else { 80 };
+    if crc32c::crc32c(&pg_control[..crc_at]) != u32_at(pg_control, crc_at) {
+        return Err(corrupt("its checksum does not match its contents"));
+    }
+    let block_bytes = u32_at(pg_control, mark + 8);
+    if u64::from(block_bytes) != BLOCK_BYTES {
+        return Err(Error::Invalid(format!(
+            "the cluster has pages of {block_bytes} bytes; only the default, {BLOCK_BYTES}, is supported"
+        )));
+    }
+    let wal_segment_bytes = u32_at(pg_control, mark + 20);
+    if !is_wal_segment_size(wal_segment_bytes) {
+        return Err(corrupt("its WAL segment size is not a power of two from 1 MiB to 1 GiB"));
+    }
+    Ok(ImageInfo {
+        pg_major,
+        system_identifier: u64_at(pg_control, 0),
+        redo: Lsn(u64_at(pg_control, 40)),
+        pg_timeline: u32_at(pg_control, 48),
+        wal_segment_bytes,
+        clean: u32_at(pg_control, 16) == DB_SHUTDOWNED,
+    })
+}
+
+/// The major version in the bytes of a `PG_VERSION` file.
+///
+/// # Errors
+/// `Invalid` when it is not a number, or not a supported one.
+pub fn pg_major(pg_version: &[u8]) -> Result<u32> {
+    let text = String::from_utf8_lossy(pg_version);
+    match text.trim().parse() {
+        Ok(major) if PG_MAJORS.contains(&major) => Ok(major),
+        _ => Err(Error::Invalid(format!(
+            "PG_VERSION says {:?}; Postgres {} to {} are supported",
+            text.trim(),
+            PG_MAJORS.start(),
+            PG_MAJORS.end()
+        ))),
+    }
+}
+
+/// Whether Postgres allows this size of a WAL segment (PostgreSQL 15, `IsValidWalSegSize`).
+pub(crate) fn is_wal_segment_size(bytes: u32) -> bool {
+    bytes.is_power_of_two() && (1 << 20..=1 << 30).contains(&bytes)
+}
+
+/// One WAL segment: which one, on which Postgres timeline, of which size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WalSegment {
+    /// The Postgres timeline.
+    pub pg_timeline: u32,
+    /// The segment's number: its first byte's position divided by the segment size.
+    pub number: u64,
+    /// Size of a segment in bytes.
+    pub segment_bytes: u32,
+}
+
+impl WalSegment {
+    /// The segment that holds a position. `segment_bytes` comes from a checked [`ImageInfo`], so it is not zero.
+    pub fn holding(lsn: Lsn, pg_timeline: u32, segment_bytes: u32) -> Self {
+        Self { pg_timeline, number: lsn.0 / u64::from(segment_bytes), segment_bytes }
+    }
+
+    /// Reads a segment's file name; `None` for any other file of `pg_wal` (history files, partial segments,
+    /// preallocation leftovers).
+    pub fn parse(file_name: &str, segment_bytes: u32) -> Option<Self> {
+        let hex_digit = |b: u8| b.is_ascii_digit() || (b'A'..=b'F').contains(&b);
+        if file_name.len() != 24 || !file_name.bytes().all(hex_digit) {
+            return None;
+        }
+        let part = |at: usize| u32::from_str_radix(&file_name[at..at + 8], 16).ok();
+        let (pg_timeline, high, low) = (part(0)?, u64::from(part(8)?), u64::from(part(16)?));
+        let per_high = segments_per_high(segment_bytes);
+        (low < per_high).then_some(Self { pg_timeline, number: high * per_high + low, segment_bytes })
+    }
+
+    /// The segment's file name, as Postgres writes it (PostgreSQL 15, `XLogFileName`).
+    pub fn file_name(&self) -> String {
+        let per_high = segments_per_high(self.segment_bytes);
+        format!("{:08X}{:08X}{:08X}", self.pg_timeline, self.number / per_high, self.number % per_high)
+    }
+
+    /// The position of its first byte.
+    pub fn start(&self) -> Lsn {
+        Lsn(self.number * u64::from(self.segment_bytes))
+    }
+
+    /// The position after its last byte.
+    pub fn end(&self) -> Lsn {
+        Lsn((self.number + 1) * u64::from(self.segment_bytes))
+    }
+
+    /// The segment after this one on the same Postgres timeline.
+    pub fn next(&self) -> Self {
+        Self { number: self.number + 1, ..*self }
+    }
+}
+
+/// How many segments share the middle eight digits of a file name.
+fn segments_per_high(segment_bytes: u32) -> u64 {
+    (1 << 32) / u64::from(segment_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("a slice of four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("a slice of eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segment_names_are_those_of_postgres() {
+        let check = |lsn: Lsn, segment_bytes: u32, expect: &str| {
+            let segment = WalSegment::holding(lsn, 1, segment_bytes);
+            assert_eq!(segment.file_name(), expect);
+            assert_eq!(WalSegment::parse(expect, segment_bytes), Some(segment));
+            assert!(segment.start() <= lsn && lsn < segment.end());
+        };
+        check(Lsn(0xB5_2978), 4 << 20, "000000010000000000000002");
+        check(Lsn(0x16_B374_D848), 16 << 20, "0000000100000016000000B3");
+        check(Lsn(0x1_0000_0000), 16 << 20, "000000010000000100000000");
+        check(Lsn(0xFFFF_FFFF), 1 << 30, "000000010000000000000003");
+    }
+
+    #[test]
+    fn other_files_of_pg_wal_are_not_segments() {
+        for name in
+            ["00000002.history", "archive_status", "xlogtemp.77", "00000001000000000000000g", "é".repeat(12).as_str()]
+        {
+            assert_eq!(WalSegment::parse(name, 16 << 20), None, "{name:?}");
+        }
+        assert_eq!(WalSegment::parse("000000010000000000000100", 16 << 20), None, "past the last of 256");
+        assert_eq!(WalSegment::parse("000000010000000000000002.partial", 16 << 20), None);
+    }
+
+    #[test]
+    fn unsupported_versions_are_named() {
+        let error = pg_major(b"9.6\n").unwrap_err().to_string();
+        assert_eq!(error, "PG_VERSION says \"9.6\"; Postgres 14 to 18 are supported");
+        assert_eq!(pg_major(b"15\n").unwrap(), 15);
+    }
+
+    #[test]
+    fn garbage_is_corrupt_and_never_a_panic() {
+        for length in [0, 1, 55, 64, 150, 296, 8192] {
+            let error = image_info(b"15", &vec![0x41; length]).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+        }
+    }
+}

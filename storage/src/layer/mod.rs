@@ -18,6 +18,8 @@
 //!
 //! In the bucket: one object `layers/<layer id>`, specified in `docs/formats/layer.md`.
 
+mod manifest;
+
 use ebb_types::{LayerId, Lsn};
 
 /// Storage's unit: one Postgres page of the default build (`BLCKSZ`, PostgreSQL 15 `pg_config_manual.h`).
@@ -106,19 +108,4 @@ pub struct ImageInfo {
     pub wal_segment_bytes: u32,
     /// Whether Postgres had shut down cleanly, so that nothing needs replay.
     pub clean: bool,
-}
-
-impl Manifest {
-    /// The `manifest` file's bytes: magic, version, zstd-compressed body, BLAKE3 checksum.
-    pub fn encode(&self) -> Vec<u8> {
-        todo!("helper A")
-    }
-
-    /// Reads what [`Manifest::encode`] wrote, checking its checksum and every number in it.
-    ///
-    /// # Errors
-    /// `Corrupt`, naming `what`.
-    pub fn decode(_what: &str, _bytes: &[u8]) -> crate::Result<Self> {
-        todo!("helper A")
-    }
 }
