@@ -1,0 +1,88 @@
+//! Ebb's speed claims, each measured against its peer in the same run and printed as a ratio.
+//!
+//! ```sh
+//! scripts/setup bench                             # pgbouncer, beside what `make test` needs
+//! cargo build --release -p ebb-cli -p ebb-benches
+//! target/release/ebb-bench all                    # or: wake, branch, volume, proxy
+//! ```
+//!
+//! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
+//! medians is the result. Every bench says which question it answers and what was expected beforehand.
+
+mod branch;
+mod native;
+mod node;
+mod pgbench;
+mod proxy;
+mod stats;
+mod volume;
+mod wake;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Measures Ebb against its peers.
+#[derive(Debug, Parser)]
+#[command(name = "ebb-bench")]
+struct Cli {
+    #[command(subcommand)]
+    bench: Bench,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What every bench needs to know.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// The `ebb` binary; a release build beside this one unless told otherwise.
+    #[arg(long, global = true, env = "EBB_BIN")]
+    ebb: Option<PathBuf>,
+    /// Directory of the Postgres server binaries.
+    #[arg(long, global = true, default_value = "/usr/lib/postgresql/15/bin")]
+    pg_bin: PathBuf,
+    /// Where data directories are put: Ebb's and the peer's on the same file system.
+    #[arg(long, global = true, default_value = "/var/tmp")]
+    dir: PathBuf,
+    /// Rounds of each side.
+    #[arg(long, global = true)]
+    rounds: Option<usize>,
+    /// Seconds of one pgbench round.
+    #[arg(long, global = true, default_value_t = 10)]
+    seconds: u32,
+    /// pgbench scale factor.
+    #[arg(long, global = true)]
+    scale: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+enum Bench {
+    /// Connect to first row on a suspended branch, against a bare `postgres` start.
+    Wake,
+    /// Branch and checkpoint of a large database against a small one, and the stall of the source.
+    Branch,
+    /// pgbench on a volume against native ext4.
+    Volume,
+    /// pgbench through the proxy against PgBouncer.
+    Proxy,
+    /// All of them.
+    All,
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let is = |bench| cli.bench == bench || cli.bench == Bench::All;
+    if is(Bench::Wake) {
+        wake::run(&cli.common)?;
+    }
+    if is(Bench::Branch) {
+        branch::run(&cli.common)?;
+    }
+    if is(Bench::Volume) {
+        volume::run(&cli.common)?;
+    }
+    if is(Bench::Proxy) {
+        proxy::run(&cli.common)?;
+    }
+    Ok(())
+}
