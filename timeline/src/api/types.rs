@@ -1,0 +1,451 @@
+//! The JSON of the REST interface: what requests carry and what answers hold.
+
+use std::path::PathBuf;
+
+use ebb_compute::control::Status;
+use ebb_types::{
+    BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, OperationId, PointRef, ProjectId, ProjectName,
+    ReleaseId, Timestamp,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::clients::SessionRow;
+
+/// Answer to `GET /v1/health`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Version of the program.
+    pub version: String,
+    /// Always true: a service that is not well does not answer.
+    pub ok: bool,
+}
+
+/// Body of `POST /v1/projects`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateProject {
+    /// The new project's name.
+    #[schema(value_type = String)]
+    pub name: ProjectName,
+    /// Absolute path of the symlink a release switches; default: `projects/<name>/current` in the data directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub current: Option<PathBuf>,
+    /// Major version of Postgres; default: the newest installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pg_major: Option<u32>,
+}
+
+/// Answer to `POST /v1/projects`.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreatedProject {
+    /// The project.
+    pub project: Project,
+    /// The role its owner logs in as.
+    pub role: String,
+    /// That role's password: shown here, and by `ebb url`.
+    pub password: String,
+    /// Whole connection URLs.
+    pub urls: ProjectUrls,
+}
+
+impl std::fmt::Debug for CreatedProject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreatedProject").field("project", &self.project).finish_non_exhaustive()
+    }
+}
+
+/// Connection URLs of a new project's branches.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
+pub struct ProjectUrls {
+    /// Of `prod`.
+    pub prod: String,
+    /// Of `dev`.
+    pub dev: String,
+}
+
+/// Answer to `GET /v1/projects`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ProjectList {
+    /// All projects, by name.
+    pub projects: Vec<Project>,
+}
+
+/// One app.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Project {
+    /// Its identifier.
+    #[schema(value_type = String)]
+    pub id: ProjectId,
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: ProjectName,
+    /// Major version of its Postgres.
+    pub pg_major: u32,
+    /// When it was made.
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    /// The symlink a release switches.
+    #[schema(value_type = String)]
+    pub current: PathBuf,
+    /// Its branches, `prod` first, then by name.
+    pub branches: Vec<Branch>,
+    /// How many releases it has.
+    pub releases: u64,
+}
+
+/// Answer to `GET /v1/projects/{p}/branches`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct BranchList {
+    /// All branches of the project, `prod` first, then by name.
+    pub branches: Vec<Branch>,
+}
+
+/// One branch.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Branch {
+    /// Its identifier: stays the same whatever the branch is restored to.
+    #[schema(value_type = String)]
+    pub id: BranchId,
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: BranchName,
+    /// The project it is in.
+    #[schema(value_type = String)]
+    pub project: ProjectName,
+    /// Its address, `branch--project`.
+    pub endpoint: String,
+    /// Where it was branched from; absent for a branch made with its project.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
+    /// Its newest recorded seal.
+    #[schema(value_type = String)]
+    pub head: LayerId,
+    /// State of its compute: `suspended`, `waking`, `active` or `suspending`.
+    pub state: String,
+    /// When it was made.
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    /// Idle time after which its compute is suspended, in seconds.
+    pub idle_suspend_seconds: f64,
+    /// For a rescue branch: until when nothing may delete it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub rescue_until: Option<Timestamp>,
+}
+
+/// Where a branch comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Parent {
+    /// The source's name when the branch was made.
+    #[schema(value_type = String)]
+    pub branch: BranchName,
+    /// The point on it: `head` or a checkpoint's name.
+    pub point: String,
+}
+
+/// Body of `POST /v1/projects/{p}/branches`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateBranch {
+    /// The new branch's name.
+    #[schema(value_type = String)]
+    pub name: BranchName,
+    /// `project/branch` or `project/branch@point`, in the same project; default: the head of `prod`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub from: Option<PointRef>,
+}
+
+/// Body of `PATCH /v1/projects/{p}/branches/{b}`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeBranch {
+    /// Idle time after which the compute is suspended, in seconds.
+    pub idle_suspend_seconds: f64,
+}
+
+/// Body of `POST …/restore`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreBranch {
+    /// A checkpoint of the branch.
+    pub to: String,
+}
+
+/// Answer to `POST …/restore`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Restored {
+    /// The branch, at its new head.
+    pub branch: Branch,
+    /// Where the old head is now.
+    pub rescue: Branch,
+}
+
+/// Body of `POST …/checkpoints`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateCheckpoint {
+    /// The new checkpoint's name.
+    #[schema(value_type = String)]
+    pub name: CheckpointName,
+}
+
+/// A named, immutable point of a branch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Checkpoint {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: CheckpointName,
+    /// The branch it is on.
+    #[schema(value_type = String)]
+    pub branch: BranchName,
+    /// The layer it names.
+    #[schema(value_type = String)]
+    pub layer: LayerId,
+    /// When it was made.
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    /// End of WAL when it was made, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub lsn: Option<Lsn>,
+}
+
+/// Answer to `GET …/checkpoints`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CheckpointList {
+    /// All checkpoints of the branch, oldest first.
+    pub checkpoints: Vec<Checkpoint>,
+}
+
+/// Answer to `GET …/url`.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
+pub struct BranchUrl {
+    /// A connection URL that works with any driver that passes `options`.
+    pub url: String,
+    /// A connection URL that names the branch as host (TLS, verified against Ebb's own CA).
+    pub url_sni: String,
+    /// The role in both.
+    pub role: String,
+    /// The database in both.
+    pub database: String,
+}
+
+/// Answer to `GET …/compute`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Compute {
+    /// `suspended`, `waking`, `active` or `suspending`.
+    pub state: String,
+    /// Since when.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// What the unit says of itself, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub unit: Option<Status>,
+    /// Client sessions, hibernated ones included.
+    pub sessions: Vec<SessionRow>,
+    /// What kept it from being suspended when that was last tried: one line per session.
+    pub keeps_awake: Vec<String>,
+    /// Wakes since the service started.
+    pub wakes: u64,
+}
+
+/// Body of `POST …/releases`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRelease {
+    /// Absolute path of the directory with the code and `migrations/*.sql`, on the machine of the service.
+    #[schema(value_type = String)]
+    pub artifact: PathBuf,
+}
+
+/// One release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Release {
+    /// Its identifier.
+    #[schema(value_type = String)]
+    pub id: ReleaseId,
+    /// `v1`, `v2` ….
+    pub name: String,
+    /// BLAKE3 of the artifact's content, in hex.
+    pub artifact: String,
+    /// The migrations it carries, in order.
+    pub migrations: Vec<String>,
+    /// The checkpoint of `prod` taken before it touched anything.
+    #[schema(value_type = String)]
+    pub checkpoint: CheckpointName,
+    /// When it was begun.
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    /// `deploying`, `deployed`, `failed` or `rolled_back`.
+    pub state: String,
+    /// Whether its code is what `current` points at.
+    pub current: bool,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+}
+
+/// Answer to `GET …/releases`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ReleaseList {
+    /// All releases, oldest first.
+    pub releases: Vec<Release>,
+}
+
+/// Body of `POST …/rollback`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rollback {
+    /// The release to go back to.
+    pub to: String,
+    /// Only tell what would happen.
+    #[serde(default)]
+    pub plan: bool,
+}
+
+/// What a rollback does: answer to `POST …/rollback` with `plan`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RollbackPlan {
+    /// The release that comes back.
+    pub release: String,
+    /// The checkpoint `prod` goes back to.
+    #[schema(value_type = String)]
+    pub checkpoint: CheckpointName,
+    /// The switch of the code.
+    pub code: CodeSwitch,
+    /// What goes to the rescue branch.
+    pub set_aside: SetAside,
+}
+
+/// From which artifact to which.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CodeSwitch {
+    /// What `current` points at now, if anything: BLAKE3 in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// What it will point at.
+    pub to: String,
+}
+
+/// What is newer than the checkpoint, and moves to the rescue branch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SetAside {
+    /// Transactions begun since, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transactions: Option<u64>,
+    /// Bytes of WAL written since, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_bytes: Option<u64>,
+    /// Releases made since.
+    pub releases: Vec<String>,
+    /// Layers sealed since.
+    pub layers: u64,
+    /// When the checkpoint was made.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+}
+
+/// Answer to `POST …/rollback` without `plan`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct RolledBack {
+    /// What was done.
+    pub plan: RollbackPlan,
+    /// Where the old head of `prod` is now.
+    pub rescue: Branch,
+}
+
+/// Answer to `GET …/ledger`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct LedgerEntries {
+    /// All entries, oldest first.
+    pub entries: Vec<Entry>,
+}
+
+/// One receipt.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Entry {
+    /// Its number, from 0.
+    pub seq: u64,
+    /// When it was written.
+    #[schema(value_type = String)]
+    pub time: Timestamp,
+    /// Who asked.
+    pub actor: String,
+    /// What was done: `create branch`, `restore` ….
+    pub act: String,
+    /// On what.
+    pub on: String,
+    /// How far it came: `begun`, `done`, `undone`, or the step.
+    pub result: String,
+    /// The operation it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub operation: Option<OperationId>,
+    /// The events, as stored.
+    #[schema(value_type = Vec<Object>)]
+    pub events: Vec<serde_json::Value>,
+    /// Hash of the entry before, in hex.
+    pub prev: String,
+    /// Hash of this entry, in hex.
+    pub hash: String,
+}
+
+/// Answer to `GET …/ledger/verify`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LedgerVerdict {
+    /// Whether every entry is as it was written.
+    pub ok: bool,
+    /// How many entries there are.
+    pub entries: u64,
+    /// Hash of the last good entry, in hex.
+    pub head_hash: String,
+    /// The first fault found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+}
+
+/// Body of `POST …/export`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Export {
+    /// A checkpoint's name; default: the head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<String>,
+    /// Absolute path of a directory that does not exist or is empty, on the machine of the service.
+    #[schema(value_type = String)]
+    pub dir: PathBuf,
+}
+
+/// Answer to `POST …/export`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Exported {
+    /// The directory: a data directory that stock Postgres starts.
+    #[schema(value_type = String)]
+    pub dir: PathBuf,
+    /// Bytes of the files in it.
+    pub bytes: u64,
+}
+
+/// Every error's body (`application/problem+json`, RFC 9457).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// A URI naming the kind of problem.
+    #[serde(rename = "type")]
+    pub type_uri: String,
+    /// The kind in words.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened.
+    pub detail: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// The kind, for programs.
+    #[schema(value_type = String)]
+    pub kind: ErrorKind,
+}

@@ -1,0 +1,326 @@
+//! What can go wrong in the timeline service, sorted for its callers.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ebb_types::{BranchName, CheckpointName, ErrorKind, Hint, OperationId, ProjectName, SqlState};
+
+/// The result of an act of the service.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a request that could be understood is not carried out. Decided purely, from the ledger's state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No project of that name.
+    #[error("there is no project {name:?}")]
+    NoProject {
+        /// The name as asked for.
+        name: String,
+        /// Names like it.
+        near: Vec<String>,
+    },
+    /// No branch of that name in the project.
+    #[error("project {project:?} has no branch {name:?}")]
+    NoBranch {
+        /// The project.
+        project: ProjectName,
+        /// The name as asked for.
+        name: String,
+        /// Names like it.
+        near: Vec<String>,
+    },
+    /// No checkpoint of that name on the branch.
+    #[error("branch {branch:?} has no checkpoint {name:?}")]
+    NoCheckpoint {
+        /// The branch.
+        branch: BranchName,
+        /// The name as asked for.
+        name: String,
+        /// Names like it, or the newest ones if none is.
+        near: Vec<String>,
+    },
+    /// No release of that name in the project.
+    #[error("project {project:?} has no release {name:?}")]
+    NoRelease {
+        /// The project.
+        project: ProjectName,
+        /// The name as asked for.
+        name: String,
+        /// Names like it, or the newest ones if none is.
+        near: Vec<String>,
+    },
+    /// The name is in use.
+    #[error("{kind} {name:?} already exists")]
+    Taken {
+        /// What kind of thing it names.
+        kind: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// The same idempotency key came with another request.
+    #[error("idempotency key {0:?} was used for another request")]
+    KeyReused(String),
+    /// Another operation has the branch.
+    #[error("branch {branch:?} is busy with {act} ({operation})")]
+    Busy {
+        /// The branch.
+        branch: BranchName,
+        /// What is being done.
+        act: &'static str,
+        /// By which operation.
+        operation: OperationId,
+    },
+    /// A point that this version cannot go to.
+    #[error("{point} is not a checkpoint: going to an LSN or a time is not offered yet")]
+    NoSuchKindOfPoint {
+        /// The point as asked for.
+        point: String,
+        /// Checkpoints that exist on the branch, newest first.
+        checkpoints: Vec<CheckpointName>,
+    },
+    /// The branch must stay.
+    #[error("branch {branch:?} cannot be deleted: {why}")]
+    Kept {
+        /// The branch.
+        branch: BranchName,
+        /// The rule that keeps it.
+        why: String,
+        /// Advice.
+        advice: String,
+    },
+    /// The checkpoint must stay.
+    #[error("checkpoint {checkpoint:?} cannot be deleted: release {release:?} would lose its way back")]
+    CheckpointKept {
+        /// The checkpoint.
+        checkpoint: CheckpointName,
+        /// The release that needs it.
+        release: String,
+    },
+    /// The name to confirm with was not given, or is another.
+    #[error("deleting project {0:?} needs its name as confirmation")]
+    Unconfirmed(ProjectName),
+    /// There is nothing to roll back.
+    #[error("release {release:?} cannot be rolled back to: {why}")]
+    NoWayBack {
+        /// The wanted release.
+        release: String,
+        /// Why not.
+        why: String,
+        /// Advice.
+        advice: String,
+    },
+    /// A field of the request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The project is being deleted, or the fold met an event that cannot follow: the act came too late.
+    #[error("{0}")]
+    TooLate(String),
+}
+
+impl Refusal {
+    /// What the caller must do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Refusal::NoProject { .. }
+            | Refusal::NoBranch { .. }
+            | Refusal::NoCheckpoint { .. }
+            | Refusal::NoRelease { .. } => ErrorKind::NotFound,
+            Refusal::Taken { .. }
+            | Refusal::KeyReused(_)
+            | Refusal::Busy { .. }
+            | Refusal::Kept { .. }
+            | Refusal::CheckpointKept { .. }
+            | Refusal::NoWayBack { .. }
+            | Refusal::TooLate(_) => ErrorKind::Conflict,
+            Refusal::NoSuchKindOfPoint { .. } | Refusal::Unconfirmed(_) | Refusal::Invalid(_) => ErrorKind::Invalid,
+        }
+    }
+}
+
+impl Hint for Refusal {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Refusal::NoProject { near, .. } | Refusal::NoBranch { near, .. } => did_you_mean(near),
+            Refusal::NoCheckpoint { near, .. } | Refusal::NoRelease { near, .. } => did_you_mean(near),
+            Refusal::Taken { kind, .. } => Some(format!("Choose another name, or use the {kind} that exists.")),
+            Refusal::KeyReused(_) => Some("Send a fresh idempotency key with each new request.".to_owned()),
+            Refusal::Busy { .. } => Some("Wait until the operation has ended, then try again.".to_owned()),
+            Refusal::NoSuchKindOfPoint { checkpoints, .. } if checkpoints.is_empty() => {
+                Some("The branch has no checkpoint yet; make one with `ebb checkpoint create`.".to_owned())
+            }
+            Refusal::NoSuchKindOfPoint { checkpoints, .. } => {
+                let names: Vec<_> = checkpoints.iter().map(|name| name.as_str()).collect();
+                Some(format!("Checkpoints of this branch: {}.", names.join(", ")))
+            }
+            Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
+            Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),
+            Refusal::Unconfirmed(name) => Some(format!("Repeat the request with confirm={name}.")),
+            Refusal::Invalid(_) | Refusal::TooLate(_) => None,
+        }
+    }
+}
+
+fn did_you_mean(near: &[String]) -> Option<String> {
+    (!near.is_empty()).then(|| format!("Did you mean {}?", near.join(", ")))
+}
+
+/// A failure of an act of the service.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The state does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A ledger's chain is broken, or an entry of it cannot be read.
+    #[error("ledger {ledger:?} is corrupt at entry {seq}: {why}")]
+    Ledger {
+        /// Which ledger.
+        ledger: String,
+        /// The first entry that does not fit.
+        seq: u64,
+        /// What does not fit.
+        why: String,
+    },
+    /// A migration of a release failed; nothing of it was applied.
+    #[error("migration {file:?} failed: {message}")]
+    Migration {
+        /// Its file name.
+        file: String,
+        /// What Postgres said, with its SQLSTATE.
+        message: String,
+        /// What to do.
+        advice: String,
+    },
+    /// The sessions that could not be set aside in time.
+    #[error("{} sessions keep the compute of branch {branch:?} awake", .sessions.len())]
+    KeptAwake {
+        /// The branch.
+        branch: BranchName,
+        /// One line each: who, and why.
+        sessions: Vec<String>,
+    },
+    /// The node's disk has too little room to take on work.
+    #[error("the disk under {path:?} has {free} bytes free, fewer than the {wanted} Ebb keeps in reserve")]
+    DiskFull {
+        /// The node's data directory.
+        path: PathBuf,
+        /// Bytes free.
+        free: u64,
+        /// Bytes wanted.
+        wanted: u64,
+    },
+    /// A secret cannot be opened.
+    #[error("secret {name:?} cannot be decrypted with the key of this node")]
+    Secret {
+        /// Which secret (never its value).
+        name: String,
+    },
+    /// A local file or directory could not be used.
+    #[error("cannot {act} {path:?}")]
+    Local {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Storage failed.
+    #[error("storage failed")]
+    Storage(#[from] ebb_storage::Error),
+    /// A compute failed.
+    #[error("the compute failed")]
+    Compute(#[from] ebb_compute::Error),
+    /// Something took longer than allowed.
+    #[error("{0} took too long")]
+    Deadline(&'static str),
+    /// The service is stopping.
+    #[error("the service is stopping")]
+    Stopping,
+    /// A failure that several callers waited for together.
+    #[error(transparent)]
+    Shared(Arc<Error>),
+}
+
+impl Error {
+    /// What the caller must do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Refused(refusal) => refusal.kind(),
+            Error::Ledger { .. } => ErrorKind::Corrupt,
+            Error::Migration { .. } => ErrorKind::Invalid,
+            Error::KeptAwake { .. } => ErrorKind::Conflict,
+            Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping => ErrorKind::Unavailable,
+            Error::Secret { .. } | Error::Local { .. } => ErrorKind::Internal,
+            // A layer or object that is missing was named by the ledger, not by the caller.
+            Error::Storage(storage) if storage.kind() == ErrorKind::NotFound => ErrorKind::Corrupt,
+            Error::Storage(storage) => storage.kind(),
+            Error::Compute(compute) => compute.kind(),
+            Error::Shared(error) => error.kind(),
+        }
+    }
+
+    /// What a Postgres client is sent as code.
+    pub fn sql_state(&self) -> SqlState {
+        match self {
+            Error::Shared(error) => return error.sql_state(),
+            Error::DiskFull { .. } => return SqlState::DISK_FULL,
+            Error::Refused(Refusal::Busy { .. }) => return SqlState::OBJECT_IN_USE,
+            Error::Stopping => return SqlState::ADMIN_SHUTDOWN,
+            _ => {}
+        }
+        match self.kind() {
+            ErrorKind::NotFound => SqlState::INVALID_CATALOG_NAME,
+            ErrorKind::Conflict => SqlState::OBJECT_IN_USE,
+            ErrorKind::Unavailable => SqlState::CANNOT_CONNECT_NOW,
+            ErrorKind::Corrupt => SqlState::DATA_CORRUPTED,
+            ErrorKind::Invalid | ErrorKind::Fenced | ErrorKind::Internal => SqlState::INTERNAL_ERROR,
+        }
+    }
+
+    /// The message and all its causes in one line, for a log or a problem's detail.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(next) = cause {
+            text.push_str(": ");
+            text.push_str(&next.to_string());
+            cause = next.source();
+        }
+        text
+    }
+}
+
+impl Hint for Error {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Error::Refused(refusal) => refusal.hint(),
+            Error::Migration { advice, .. } => Some(advice.clone()),
+            Error::KeptAwake { sessions, .. } => Some(format!("Sessions: {}.", sessions.join("; "))),
+            Error::DiskFull { .. } => {
+                Some("Free disk space, or lower the reserve with EBB_MIN_FREE_BYTES, then try again.".to_owned())
+            }
+            Error::Secret { .. } => {
+                Some("Copy secret.key from the node that made the project, or set a new password.".to_owned())
+            }
+            Error::Compute(ebb_compute::Error::NoPostgres { .. }) => {
+                Some("Install a Postgres server (Debian: apt-get install postgresql-15), or set EBB_PG_BIN.".to_owned())
+            }
+            Error::Shared(error) => error.hint(),
+            error if error.kind() == ErrorKind::Unavailable => Some("Try again in a few seconds.".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// Adds to an I/O error what was tried on which path.
+pub(crate) trait LocalContext<T> {
+    /// Names the act (a verb) and the path.
+    fn on(self, act: &'static str, path: &Path) -> Result<T>;
+}
+
+impl<T> LocalContext<T> for io::Result<T> {
+    fn on(self, act: &'static str, path: &Path) -> Result<T> {
+        self.map_err(|source| Error::Local { act, path: path.to_owned(), source })
+    }
+}
