@@ -1,0 +1,400 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
+
+/// Where the API is unless told otherwise.
+pub const DEFAULT_API: &str = "http://127.0.0.1:7432";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  the command, or a name in it, is wrong
+  3  there is no such thing
+  4  something stands in the way (a taken name, a busy branch)
+  5  not available now; the same command may work later
+
+Data goes to stdout, everything else to stderr.";
+
+/// Postgres that sleeps while idle, branches like git, and can be taken back.
+#[derive(Debug, Parser)]
+#[command(name = "ebb", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+pub struct Args {
+    /// Where the API of `ebb serve` is
+    #[arg(long, global = true, env = "EBB_API", default_value = DEFAULT_API, value_name = "URL", hide_env_values = true)]
+    pub api: String,
+    /// Print JSON, as the API answered it
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the proxy, the timeline service and the API; start and stop computes
+    Serve(Box<ServeArgs>),
+    /// Show settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Make, list, show and delete projects
+    #[command(subcommand)]
+    Project(ProjectCommand),
+    /// Make, list, show, set, restore and delete branches
+    #[command(subcommand)]
+    Branch(BranchCommand),
+    /// Name moments of a branch
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
+    /// Print the connection URL of a branch, password included, alone on stdout
+    #[command(after_help = "Example:\n  psql \"$(ebb url shop/prod)\"")]
+    Url {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Run psql on a branch
+    #[command(after_help = "Examples:\n  ebb psql shop/prod\n  ebb psql shop/prod -- -c 'select now()'")]
+    Psql {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// Arguments for psql
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// Look at, suspend and wake the Postgres of a branch
+    Compute(ComputeCommand),
+    /// Deploy code and migrations together
+    #[command(subcommand)]
+    Release(ReleaseCommand),
+    /// Take code and data back to the moment before the releases that followed RELEASE
+    #[command(after_help = "Examples:\n  ebb rollback shop --to v1 --plan\n  ebb rollback shop --to v1")]
+    Rollback {
+        /// The project
+        project: ProjectName,
+        /// The release to go back to (`v1`)
+        #[arg(long, value_name = "RELEASE")]
+        to: String,
+        /// Only print what would come back and what would be set aside
+        #[arg(long)]
+        plan: bool,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// Show and check who did what
+    #[command(subcommand)]
+    Ledger(LedgerCommand),
+    /// Write a branch, at its head or at a point, as a plain data directory that stock Postgres starts
+    #[command(after_help = "Example:\n  ebb export shop/prod@before-release /tmp/shop")]
+    Export {
+        /// PROJECT/BRANCH[@POINT]
+        from: PointRef,
+        /// Where to write it: must not exist, or be empty
+        dir: PathBuf,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+}
+
+/// A key under which a repeated request answers the first result again.
+#[derive(Debug, Default, ClapArgs)]
+pub struct IdempotencyKey {
+    /// Repeating a command under the same KEY answers the first result again
+    #[arg(long, value_name = "KEY")]
+    pub idempotency_key: Option<String>,
+}
+
+/// `ebb config …`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the settings `ebb serve` would use with the same options
+    #[command(after_help = "Example:\n  ebb config print --config ebb-serve.toml")]
+    Print(Box<ServeArgs>),
+}
+
+/// `ebb serve …`
+#[derive(Debug, Default, ClapArgs)]
+#[command(after_help = "\
+Examples:
+  ebb serve
+  ebb serve --data /var/lib/ebb --bucket file:///mnt/bucket --idle-suspend 10m
+
+Ctrl-C or SIGTERM drains the clients, suspends every compute and exits; a second one exits at once.")]
+pub struct ServeArgs {
+    /// Directory for everything this node keeps [default: ./.ebb]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// The bucket: a directory path, or file:// and an absolute path [default: DATA/bucket]
+    #[arg(long, value_name = "URL")]
+    pub bucket: Option<String>,
+    /// Where Postgres clients connect [default: 127.0.0.1:6432]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Where the HTTP API is served; loopback only [default: 127.0.0.1:7432]
+    #[arg(long, value_name = "ADDR")]
+    pub api_listen: Option<String>,
+    /// The host that printed connection URLs name [default: the address of --listen]
+    #[arg(long, value_name = "HOST")]
+    pub public_host: Option<String>,
+    /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
+    #[arg(long, value_name = "TIME")]
+    pub idle_suspend: Option<String>,
+    /// Settings in a TOML file; options given here win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Make this project at start if there is none at all, and print URLs ready to paste
+    #[arg(long, value_name = "NAME")]
+    pub first_project: Option<ProjectName>,
+}
+
+/// `ebb project …`
+#[derive(Debug, Subcommand)]
+pub enum ProjectCommand {
+    /// Make a project with the branches prod and dev; its password is shown once
+    #[command(after_help = "Example:\n  ebb project create shop --current /srv/shop/current")]
+    Create {
+        /// Its name
+        name: ProjectName,
+        /// The symlink that a release switches to its code
+        #[arg(long, value_name = "PATH")]
+        current: Option<PathBuf>,
+        /// Postgres major version; the newest installed one unless given
+        #[arg(long, value_name = "N")]
+        pg_major: Option<u32>,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// List all projects
+    #[command(after_help = "Example:\n  ebb project list --json")]
+    List,
+    /// Show one project and its branches
+    #[command(after_help = "Example:\n  ebb project show shop")]
+    Show {
+        /// Its name
+        name: ProjectName,
+    },
+    /// Delete a project and all its branches
+    #[command(after_help = "Example:\n  ebb project delete shop --confirm shop")]
+    Delete {
+        /// Its name
+        name: ProjectName,
+        /// Its name again
+        #[arg(long, value_name = "NAME")]
+        confirm: ProjectName,
+    },
+}
+
+/// `ebb branch …`
+#[derive(Debug, Subcommand)]
+pub enum BranchCommand {
+    /// Make a branch; its source goes on undisturbed
+    #[command(after_help = "\
+Examples:
+  ebb branch create shop/pr-42 --from shop/prod
+  ebb branch create shop/look --from shop/prod@before-release")]
+    Create {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// Where it starts: PROJECT/BRANCH[@POINT]; the head of prod unless given
+        #[arg(long, value_name = "FROM")]
+        from: Option<PointRef>,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// List a project's branches
+    #[command(after_help = "Example:\n  ebb branch list shop")]
+    List {
+        /// The project
+        project: ProjectName,
+    },
+    /// Show one branch
+    #[command(after_help = "Example:\n  ebb branch show shop/prod")]
+    Show {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Change a branch's settings
+    #[command(after_help = "Example:\n  ebb branch set shop/prod --idle-suspend 30m")]
+    Set {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// How long its compute stays up without work: 30s, 5m, 1h
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        idle_suspend: Duration,
+    },
+    /// Delete a branch
+    #[command(after_help = "Example:\n  ebb branch delete shop/pr-42")]
+    Delete {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Take a branch back to a point; what it holds now is kept as a rescue branch
+    #[command(after_help = "Example:\n  ebb branch restore shop/prod --to before-release")]
+    Restore {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// A checkpoint's name
+        #[arg(long, value_name = "POINT")]
+        to: Point,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+}
+
+/// `ebb checkpoint …`
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// Name this moment of a branch
+    #[command(after_help = "Example:\n  ebb checkpoint create shop/prod before-import")]
+    Create {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// The checkpoint's name
+        name: CheckpointName,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// List a branch's checkpoints
+    #[command(after_help = "Example:\n  ebb checkpoint list shop/prod")]
+    List {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Delete a checkpoint
+    #[command(after_help = "Example:\n  ebb checkpoint delete shop/prod before-import")]
+    Delete {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// The checkpoint's name
+        name: CheckpointName,
+    },
+}
+
+/// `ebb compute …`; with `--branch-dir` it is not a command for people but the unit process itself.
+#[derive(Debug, ClapArgs)]
+#[command(args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+pub struct ComputeCommand {
+    /// Run the unit of a branch directory (`ebb serve` does this)
+    #[arg(long, hide = true, value_name = "DIR")]
+    pub branch_dir: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub act: Option<ComputeAct>,
+}
+
+/// `ebb compute suspend|wake|status`
+#[derive(Debug, Subcommand)]
+pub enum ComputeAct {
+    /// Stop the Postgres of a branch; its clients stay connected
+    #[command(after_help = "Example:\n  ebb compute suspend shop/prod")]
+    Suspend {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Start the Postgres of a branch and wait until it answers
+    #[command(after_help = "Example:\n  ebb compute wake shop/prod")]
+    Wake {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+    /// Show whether a branch is awake, who is connected, and what keeps it awake
+    #[command(after_help = "Example:\n  ebb compute status shop/prod")]
+    Status {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
+}
+
+/// `ebb release …`
+#[derive(Debug, Subcommand)]
+pub enum ReleaseCommand {
+    /// Checkpoint prod, run the new migrations/*.sql of DIR, switch the project's symlink to its code
+    #[command(after_help = "Example:\n  ebb release create shop --artifact ./build")]
+    Create {
+        /// The project
+        project: ProjectName,
+        /// The directory with the code and migrations/*.sql
+        #[arg(long, value_name = "DIR")]
+        artifact: PathBuf,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// List a project's releases
+    #[command(after_help = "Example:\n  ebb release list shop")]
+    List {
+        /// The project
+        project: ProjectName,
+    },
+}
+
+/// `ebb ledger …`
+#[derive(Debug, Subcommand)]
+pub enum LedgerCommand {
+    /// List every act on a project
+    #[command(after_help = "Example:\n  ebb ledger list shop")]
+    List {
+        /// The project
+        project: ProjectName,
+    },
+    /// Check the hash chain of a project's ledger
+    #[command(after_help = "Example:\n  ebb ledger verify shop")]
+    Verify {
+        /// The project
+        project: ProjectName,
+    },
+}
+
+/// Reads `30s`, `5m`, `1h 30m`.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a length of time (want 30s, 5m or 1h)");
+    let span: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
+    Duration::try_from(span).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_commands_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        fn walk(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            if command.has_subcommands() {
+                command.get_subcommands().for_each(|child| walk(child, &path));
+            } else {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Example"), "`{path}` has no example");
+            }
+        }
+        walk(&Args::command(), "");
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("1h 30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(parse_duration("2s"), Ok(Duration::from_secs(2)));
+        for bad in ["", "5", "-5m", "soon"] {
+            assert!(parse_duration(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn a_unit_is_not_a_command_for_people() {
+        let unit = Args::try_parse_from(["ebb", "compute", "--branch-dir", "/x"]).unwrap();
+        assert!(matches!(unit.command, Command::Compute(ComputeCommand { branch_dir: Some(_), act: None })));
+        let status = Args::try_parse_from(["ebb", "compute", "status", "shop/prod", "--json"]).unwrap();
+        assert!(status.json);
+    }
+}

@@ -1,0 +1,147 @@
+//! `ebb branch …`, `ebb checkpoint …`, `ebb url` and `ebb export`.
+
+use std::path::Path;
+
+use ebb_types::{BranchRef, Point, PointRef};
+use serde_json::json;
+
+use super::project::seconds;
+use super::views::{Branch, Branches, Checkpoint, Checkpoints, Exported, Restored, Url};
+use super::{Session, absolute, branch_path};
+use crate::args::{BranchCommand, CheckpointCommand, IdempotencyKey};
+use crate::failure::Failure;
+use crate::output::{bytes, facts, table};
+
+pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
+    match command {
+        BranchCommand::Create { branch, from, key } => {
+            let mut body = json!({ "name": branch.branch });
+            if let Some(from) = from {
+                body["from"] = json!(from);
+            }
+            let path = format!("projects/{}/branches", branch.project);
+            to.show(&to.client.post(&path, &body, key.idempotency_key.as_deref())?, branch_facts)
+        }
+        BranchCommand::List { project } => {
+            let answer = to.client.get(&format!("projects/{project}/branches"))?;
+            to.show(&answer, |view: Branches| branch_table(view.branches))
+        }
+        BranchCommand::Show { branch } => to.show(&to.client.get(&branch_path(&branch))?, branch_facts),
+        BranchCommand::Set { branch, idle_suspend } => {
+            let body = json!({ "idle_suspend_seconds": idle_suspend.as_secs_f64() });
+            to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
+        }
+        BranchCommand::Delete { branch } => {
+            let answer = to.client.delete(&branch_path(&branch))?;
+            to.done(&answer, || format!("deleted branch {branch}"));
+            Ok(())
+        }
+        BranchCommand::Restore { branch, to: point, key } => {
+            let path = format!("{}/restore", branch_path(&branch));
+            let answer = to.client.post(&path, &json!({ "to": point.to_string() }), key.idempotency_key.as_deref())?;
+            to.show(&answer, |view: Restored| {
+                facts([
+                    ("restored", format!("{branch} to {point}")),
+                    ("head", view.branch.head.map(|head| head.to_string()).unwrap_or_default()),
+                    ("set aside", format!("{}/{}", branch.project, view.rescue.name)),
+                    ("kept until", view.rescue.rescue_until.map(seconds).unwrap_or_default()),
+                ])
+            })
+        }
+    }
+}
+
+/// One line a branch.
+pub fn branch_table(branches: Vec<Branch>) -> String {
+    table(
+        ["BRANCH", "STATE", "FROM", "CREATED", "KEPT UNTIL"],
+        branches.into_iter().map(|branch| {
+            [
+                branch.name.to_string(),
+                branch.state.clone(),
+                parent(&branch),
+                seconds(branch.created_at),
+                branch.rescue_until.map(seconds).unwrap_or_default(),
+            ]
+        }),
+    )
+}
+
+fn branch_facts(branch: Branch) -> String {
+    facts([
+        ("branch", branch.name.to_string()),
+        ("id", branch.id.clone()),
+        ("endpoint", branch.endpoint.clone()),
+        ("state", branch.state.clone()),
+        ("from", parent(&branch)),
+        ("head", branch.head.map(|head| head.to_string()).unwrap_or_default()),
+        ("created", seconds(branch.created_at)),
+        ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
+        ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
+    ])
+}
+
+fn parent(branch: &Branch) -> String {
+    match &branch.parent {
+        Some(parent) => match &parent.point {
+            Some(point) if point != "head" => format!("{}@{point}", parent.branch),
+            _ => parent.branch.clone(),
+        },
+        None => String::new(),
+    }
+}
+
+pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Failure> {
+    match command {
+        CheckpointCommand::Create { branch, name, key } => {
+            let path = format!("{}/checkpoints", branch_path(&branch));
+            let answer = to.client.post(&path, &json!({ "name": name }), key.idempotency_key.as_deref())?;
+            to.show(&answer, |view: Checkpoint| {
+                facts([
+                    ("checkpoint", format!("{branch}@{}", view.name)),
+                    ("layer", view.layer.to_string()),
+                    ("lsn", view.lsn.map(|lsn| lsn.to_string()).unwrap_or_default()),
+                    ("created", seconds(view.created_at)),
+                ])
+            })
+        }
+        CheckpointCommand::List { branch } => {
+            let answer = to.client.get(&format!("{}/checkpoints", branch_path(&branch)))?;
+            to.show(&answer, |view: Checkpoints| {
+                table(
+                    ["CHECKPOINT", "LSN", "CREATED", "LAYER"],
+                    view.checkpoints.into_iter().map(|checkpoint| {
+                        [
+                            checkpoint.name.to_string(),
+                            checkpoint.lsn.map(|lsn| lsn.to_string()).unwrap_or_default(),
+                            seconds(checkpoint.created_at),
+                            checkpoint.layer.to_string(),
+                        ]
+                    }),
+                )
+            })
+        }
+        CheckpointCommand::Delete { branch, name } => {
+            let answer = to.client.delete(&format!("{}/checkpoints/{name}", branch_path(&branch)))?;
+            to.done(&answer, || format!("deleted checkpoint {branch}@{name}"));
+            Ok(())
+        }
+    }
+}
+
+pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
+    let answer = to.client.get(&format!("{}/url", branch_path(branch)))?;
+    to.show(&answer, |view: Url| view.url + "\n")
+}
+
+pub fn export(to: &Session, from: &PointRef, dir: &Path, key: &IdempotencyKey) -> Result<(), Failure> {
+    let mut body = json!({ "dir": absolute(dir)? });
+    if from.point != Point::Head {
+        body["point"] = json!(from.point.to_string());
+    }
+    let path = format!("{}/export", branch_path(&from.at));
+    let answer = to.client.post(&path, &body, key.idempotency_key.as_deref())?;
+    to.show(&answer, |view: Exported| {
+        facts([("exported", from.to_string()), ("to", view.dir), ("size", bytes(view.bytes))])
+    })
+}
