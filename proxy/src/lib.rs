@@ -4,5 +4,10 @@
 //! [`Endpoints`]; what it offers to the rest is [`ProxyHandle`].
 
 pub mod endpoints;
+mod proxy;
 
-pub use endpoints::{Awake, Endpoint, EndpointError, Endpoints};
+pub use endpoints::{
+    Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
+    Unreplayable,
+};
+pub use proxy::{Proxy, ProxyConfig, ProxyError};
