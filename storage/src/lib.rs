@@ -6,6 +6,7 @@
 //!
 //! This crate knows files, pages and WAL segments. It does not know Postgres processes, SQL or HTTP.
 
+mod blocking;
 pub mod error;
 pub mod layer;
 pub mod log;

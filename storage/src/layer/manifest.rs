@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 
-use ebb_types::{LayerId, Lsn};
+use ebb_types::Lsn;
 
+use super::codec::{Input, put, put_bytes};
 use super::{BLOCK_BYTES, ImageInfo, Ino, Inode, InodeKind, Manifest, ROOT_INO, Run};
 use crate::error::{Error, Result};
 use crate::pg_files;
@@ -297,74 +298,4 @@ fn check_reaches_root(parents: &HashMap<Ino, Ino>) -> Result<(), String> {
         known.extend(path);
     }
     Ok(())
-}
-
-/// Appends a number as LEB128: seven bits a byte, lowest first, the high bit set on all but the last.
-fn put(out: &mut Vec<u8>, mut number: u64) {
-    while number >= 0x80 {
-        out.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    out.push(number as u8);
-}
-
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    put(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
-}
-
-/// What is still to be read of a body.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn u64(&mut self) -> Option<u64> {
-        let mut number = 0_u64;
-        for shift in (0..u64::BITS).step_by(7) {
-            let [byte] = self.array()?;
-            let bits = u64::from(byte & 0x7f);
-            if bits << shift >> shift != bits {
-                return None;
-            }
-            number |= bits << shift;
-            if byte & 0x80 == 0 {
-                return Some(number);
-            }
-        }
-        None
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.u64()?.try_into().ok()
-    }
-
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(*head)
-    }
-
-    fn bytes(&mut self) -> Option<&'a [u8]> {
-        let length = self.u64()?.try_into().ok()?;
-        let (head, rest) = self.0.split_at_checked(length)?;
-        self.0 = rest;
-        Some(head)
-    }
-
-    fn layer_id(&mut self) -> Option<LayerId> {
-        self.array().map(LayerId::from_bytes)
-    }
-
-    /// A count and that many items. A count that the rest cannot hold, at `bytes_min` an item, is refused before
-    /// anything is set aside for it.
-    fn many<T>(&mut self, bytes_min: usize, mut item: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
-        let count: usize = self.u64()?.try_into().ok()?;
-        if count > self.0.len() / bytes_min {
-            return None;
-        }
-        let mut items = Vec::with_capacity(count);
-        for _ in 0..count {
-            items.push(item(self)?);
-        }
-        Some(items)
-    }
 }

@@ -18,7 +18,15 @@
 //!
 //! In the bucket: one object `layers/<layer id>`, specified in `docs/formats/layer.md`.
 
+mod codec;
+mod fetch;
+mod format;
 mod manifest;
+mod pack;
+
+pub(crate) use fetch::{fetch, object_key, packed_in, sync_file_system};
+pub(crate) use manifest::pages_of;
+pub(crate) use pack::{Packed, is_zero, pack, read_pages, wal_files_in};
 
 use ebb_types::{LayerId, Lsn};
 
@@ -108,4 +116,11 @@ pub struct ImageInfo {
     pub wal_segment_bytes: u32,
     /// Whether Postgres had shut down cleanly, so that nothing needs replay.
     pub clean: bool,
+}
+
+impl Manifest {
+    /// The slot of this layer itself: that of the pages in its own `data/`.
+    pub fn own_slot(&self) -> u32 {
+        (self.chain.len() - 1) as u32
+    }
 }

@@ -29,6 +29,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 
 use super::{MARKER, ObjectMeta, ObjectStore, Put, check_key, check_prefix};
+use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
 
 const FORMAT_VERSION: u32 = 1;
@@ -64,7 +65,7 @@ impl Dir {
         let root = std::path::absolute(root).on("find", root)?;
         let inner = Arc::new(Inner { root, durable_dirs: Mutex::default() });
         let dir = Self { inner: inner.clone() };
-        join(tokio::task::spawn_blocking(move || inner.prepare()).await)?;
+        blocking::run(move || inner.prepare()).await?;
         Ok(dir)
     }
 
@@ -75,16 +76,7 @@ impl Dir {
         work: impl FnOnce(&Inner, &str) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (inner, key) = (self.inner.clone(), key.to_owned());
-        join(tokio::task::spawn_blocking(move || work(&inner, &key)).await)
-    }
-}
-
-/// A panic in blocking work is a bug and goes on as one.
-fn join<T>(result: Result<T, tokio::task::JoinError>) -> T {
-    match result {
-        Ok(value) => value,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => unreachable!("blocking work is never aborted"),
+        blocking::run(move || work(&inner, &key)).await
     }
 }
 
