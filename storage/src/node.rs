@@ -71,9 +71,9 @@ impl NodeStore {
     /// `NoSuchLayer` when a layer of the chain is neither here nor in the bucket; `Corrupt` when one does not check.
     pub async fn ensure_local(&self, layer: LayerId) -> Result<()> {
         self.ensure_one(layer).await?;
-        let manifest = self.manifest(layer).await?;
-        let below = manifest.chain.iter().filter(|&&id| id != layer);
-        stream::iter(below.copied())
+        let mut chain = self.manifest(layer).await?.chain;
+        chain.retain(|&id| id != layer);
+        stream::iter(chain)
             .map(|id| self.ensure_one(id))
             .buffer_unordered(PARALLEL_FETCHES)
             .try_collect::<Vec<()>>()

@@ -124,3 +124,6 @@ impl Manifest {
         (self.chain.len() - 1) as u32
     }
 }
+
+#[cfg(test)]
+mod tests;

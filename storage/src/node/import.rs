@@ -108,7 +108,7 @@ impl Importer {
             if is_root && bytes == b"pg_wal" {
                 let kind = InodeKind::Symlink { target: PG_WAL_TARGET.to_vec() };
                 self.add(ino, bytes.to_vec(), &meta, kind);
-            } else if !is_temporary(bytes) && !(is_root && SERVER_FILES.contains(&bytes)) {
+            } else if !(is_temporary(bytes) || is_root && SERVER_FILES.contains(&bytes)) {
                 self.entry(&path.join(&name), ino, bytes.to_vec())?;
             }
         }
