@@ -61,6 +61,14 @@ pub enum Refusal {
     /// The same idempotency key came with another request.
     #[error("idempotency key {0:?} was used for another request")]
     KeyReused(String),
+    /// The request with that idempotency key is still being carried out.
+    #[error("the request with idempotency key {key:?} is still being carried out ({operation})")]
+    StillRunning {
+        /// The key.
+        key: String,
+        /// By which operation.
+        operation: String,
+    },
     /// Another operation has the branch.
     #[error("branch {branch:?} is busy with {act} ({operation})")]
     Busy {
@@ -128,6 +136,7 @@ impl Refusal {
             | Refusal::NoRelease { .. } => ErrorKind::NotFound,
             Refusal::Taken { .. }
             | Refusal::KeyReused(_)
+            | Refusal::StillRunning { .. }
             | Refusal::Busy { .. }
             | Refusal::Kept { .. }
             | Refusal::CheckpointKept { .. }
@@ -145,7 +154,9 @@ impl Hint for Refusal {
             Refusal::NoCheckpoint { near, .. } | Refusal::NoRelease { near, .. } => did_you_mean(near),
             Refusal::Taken { kind, .. } => Some(format!("Choose another name, or use the {kind} that exists.")),
             Refusal::KeyReused(_) => Some("Send a fresh idempotency key with each new request.".to_owned()),
-            Refusal::Busy { .. } => Some("Wait until the operation has ended, then try again.".to_owned()),
+            Refusal::Busy { .. } | Refusal::StillRunning { .. } => {
+                Some("Wait until the operation has ended, then try again.".to_owned())
+            }
             Refusal::NoSuchKindOfPoint { checkpoints, .. } if checkpoints.is_empty() => {
                 Some("The branch has no checkpoint yet; make one with `ebb checkpoint create`.".to_owned())
             }
@@ -234,6 +245,22 @@ pub enum Error {
     /// Something took longer than allowed.
     #[error("{0} took too long")]
     Deadline(&'static str),
+    /// A migration's connection or bookkeeping failed.
+    #[error("postgres answered: {0}")]
+    Postgres(String),
+    /// A task of this process ended without an answer.
+    #[error("{0} ended without an answer")]
+    Lost(&'static str),
+    /// The operation took effect; what only follows from it is not complete yet.
+    #[error("{act} ({operation}) took effect, but its last steps failed")]
+    Unfinished {
+        /// What was being done.
+        act: &'static str,
+        /// By which operation.
+        operation: OperationId,
+        /// What failed.
+        source: Box<Error>,
+    },
     /// The service is stopping.
     #[error("the service is stopping")]
     Stopping,
@@ -250,8 +277,13 @@ impl Error {
             Error::Ledger { .. } => ErrorKind::Corrupt,
             Error::Migration { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
-            Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping => ErrorKind::Unavailable,
-            Error::Secret { .. } | Error::Local { .. } => ErrorKind::Internal,
+            Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping | Error::Postgres(_) => {
+                ErrorKind::Unavailable
+            }
+            Error::Local { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Unavailable,
+            Error::Secret { .. } | Error::Local { .. } | Error::Lost(_) | Error::Unfinished { .. } => {
+                ErrorKind::Internal
+            }
             // A layer or object that is missing was named by the ledger, not by the caller.
             Error::Storage(storage) if storage.kind() == ErrorKind::NotFound => ErrorKind::Corrupt,
             Error::Storage(storage) => storage.kind(),
@@ -299,6 +331,9 @@ impl Hint for Error {
             Error::KeptAwake { sessions, .. } => Some(format!("Sessions: {}.", sessions.join("; "))),
             Error::DiskFull { .. } => {
                 Some("Free disk space, or lower the reserve with EBB_MIN_FREE_BYTES, then try again.".to_owned())
+            }
+            Error::Unfinished { .. } => {
+                Some("It is recorded and will be finished by itself as soon as the cause is gone.".to_owned())
             }
             Error::Secret { .. } => {
                 Some("Copy secret.key from the node that made the project, or set a new password.".to_owned())

@@ -1,9 +1,20 @@
 //! The timeline service: what projects, branches, checkpoints and releases there are, who did what, and what happens next.
 
 pub mod api;
+pub mod artifact;
+pub mod catalog;
 pub mod clients;
+pub mod decide;
 pub mod error;
+pub mod event;
+mod files;
+pub mod ledger;
+pub mod machine;
+mod migrate;
+pub mod node;
+mod secrets;
 pub mod service;
+pub mod state;
 
 pub use error::{Error, Refusal, Result};
 pub use service::{AwakeUnit, FoundEndpoint, Service, ServiceConfig};

@@ -1,0 +1,406 @@
+//! What a project's ledger can say: operations, and what they did to branches, checkpoints and releases.
+//!
+//! These are stored for ever. A field or variant may be added (with a default); none may change its meaning.
+
+use std::path::PathBuf;
+
+use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, ProjectId, ProjectName, ReleaseId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::api::types::{Parent, SetAside};
+
+/// One thing that happened in a project.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The first event of every ledger.
+    ProjectCreated {
+        /// Its identifier.
+        project: ProjectId,
+        /// Its name.
+        name: ProjectName,
+        /// Major version of its Postgres.
+        pg_major: u32,
+        /// The symlink its releases switch; `None`: the one in the node's data directory.
+        current: Option<PathBuf>,
+        /// SCRAM-SHA-256 verifier of the owner role's first password.
+        verifier: String,
+    },
+    /// Nothing follows.
+    ProjectDeleted,
+    /// A branch exists.
+    BranchCreated {
+        /// Its identifier.
+        branch: BranchId,
+        /// Its name.
+        name: BranchName,
+        /// What it starts from.
+        head: LayerId,
+        /// Where that is from.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<Parent>,
+        /// For a rescue branch: until when nothing may delete it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rescue_until: Option<Timestamp>,
+    },
+    /// The branch's policy is another one.
+    BranchChanged {
+        /// Which.
+        branch: BranchId,
+        /// Idle time after which its compute is suspended.
+        idle_suspend_ms: u64,
+    },
+    /// What the branch's volume held is now a layer; the head is that layer.
+    BranchSealed {
+        /// Which.
+        branch: BranchId,
+        /// Its new head.
+        layer: LayerId,
+    },
+    /// The branch's history goes on from another layer. Volumes made before this are stale.
+    BranchMoved {
+        /// Which.
+        branch: BranchId,
+        /// Its new head.
+        head: LayerId,
+        /// The point that head is.
+        to: CheckpointName,
+    },
+    /// The branch is gone, and its checkpoints with it.
+    BranchDeleted {
+        /// Which.
+        branch: BranchId,
+    },
+    /// A layer has a name.
+    CheckpointCreated {
+        /// On which branch.
+        branch: BranchId,
+        /// The name.
+        name: CheckpointName,
+        /// The layer.
+        layer: LayerId,
+        /// End of WAL in it, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lsn: Option<Lsn>,
+        /// The transaction number that was next, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        next_xid: Option<u64>,
+    },
+    /// The name is gone.
+    CheckpointDeleted {
+        /// On which branch.
+        branch: BranchId,
+        /// The name.
+        name: CheckpointName,
+    },
+    /// A release is under way.
+    ReleaseBegun {
+        /// Its identifier.
+        release: ReleaseId,
+        /// `v1`, `v2` ….
+        name: String,
+        /// BLAKE3 of the artifact, in hex.
+        artifact: String,
+        /// File names of its migrations, in order.
+        migrations: Vec<String>,
+        /// The checkpoint taken before it touches anything.
+        checkpoint: CheckpointName,
+    },
+    /// The release's code is the project's code.
+    ReleaseDeployed {
+        /// Which.
+        release: ReleaseId,
+    },
+    /// The release was given up.
+    ReleaseFailed {
+        /// Which.
+        release: ReleaseId,
+        /// Why.
+        fault: String,
+    },
+    /// Code and data went back to before these releases: to this one.
+    ReleasesRolledBack {
+        /// Whose code is the project's code again.
+        to: ReleaseId,
+        /// What was taken back.
+        releases: Vec<ReleaseId>,
+    },
+    /// An act was accepted. Every other event of the act comes after this one, under the same operation id.
+    OperationBegun {
+        /// All that it takes to carry it out, or to give it up.
+        plan: Plan,
+        /// The caller's idempotency key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        key: Option<Key>,
+    },
+    /// A step is done.
+    StepDone {
+        /// Which.
+        step: Step,
+    },
+    /// The operation is over.
+    OperationDone,
+    /// The operation was taken back.
+    OperationUndone {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A caller's idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// As the caller sent it.
+    pub key: String,
+    /// BLAKE3 of method, path and body, in hex: the same key with another request is refused.
+    pub request: String,
+}
+
+/// A branch that a restore or rollback will make of the old head.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rescue {
+    /// Its identifier.
+    pub branch: BranchId,
+    /// Its name.
+    pub name: BranchName,
+    /// Until when nothing may delete it.
+    pub until: Timestamp,
+}
+
+/// An operation with everything it needs chosen beforehand, so that it can be carried on after a crash.
+///
+/// Wherever a seal is part of it, the identifier of the layer is in the plan: sealing twice makes one layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "act", rename_all = "snake_case")]
+pub enum Plan {
+    /// Make the project, with `prod` and `dev`.
+    CreateProject {
+        /// Its name.
+        name: ProjectName,
+    },
+    /// Delete it.
+    DeleteProject {
+        /// Its name.
+        name: ProjectName,
+    },
+    /// Branch from a point of a branch.
+    CreateBranch {
+        /// The new branch.
+        branch: BranchId,
+        /// Its name.
+        name: BranchName,
+        /// The branch it comes from.
+        source: BranchId,
+        /// Where that is from.
+        parent: Parent,
+        /// The checkpoint's layer; `None`: the source's head, sealed first.
+        layer: Option<LayerId>,
+        /// What a seal of the source makes.
+        seal: LayerId,
+    },
+    /// Change a branch's policy.
+    ChangeBranch {
+        /// Which.
+        branch: BranchId,
+    },
+    /// Delete a branch.
+    DeleteBranch {
+        /// Which.
+        branch: BranchId,
+    },
+    /// Name the head.
+    CreateCheckpoint {
+        /// On which branch.
+        branch: BranchId,
+        /// The name.
+        name: CheckpointName,
+        /// What a seal of the branch makes.
+        seal: LayerId,
+    },
+    /// Take a name away.
+    DeleteCheckpoint {
+        /// On which branch.
+        branch: BranchId,
+        /// The name.
+        name: CheckpointName,
+    },
+    /// Set a branch to one of its checkpoints.
+    Restore {
+        /// Which.
+        branch: BranchId,
+        /// The checkpoint.
+        to: CheckpointName,
+        /// Its layer.
+        layer: LayerId,
+        /// What sealing the old head makes.
+        seal: LayerId,
+        /// Where the old head goes.
+        rescue: Rescue,
+    },
+    /// Deploy an artifact on `prod`.
+    Release {
+        /// The release.
+        release: ReleaseId,
+        /// `v1`, `v2` ….
+        name: String,
+        /// The branch: `prod`.
+        branch: BranchId,
+        /// BLAKE3 of the artifact, in hex.
+        artifact: String,
+        /// The checkpoint taken first.
+        checkpoint: CheckpointName,
+        /// What sealing for it makes.
+        seal: LayerId,
+    },
+    /// Take code and data back to a release.
+    Rollback {
+        /// The branch: `prod`.
+        branch: BranchId,
+        /// The release that comes back.
+        to: ReleaseId,
+        /// Its artifact.
+        artifact: String,
+        /// What is taken back.
+        releases: Vec<ReleaseId>,
+        /// The code until then.
+        code_from: Option<String>,
+        /// What moves to the rescue branch, as far as it was known beforehand.
+        set_aside: SetAside,
+        /// The checkpoint that `prod` goes back to.
+        checkpoint: CheckpointName,
+        /// Its layer.
+        layer: LayerId,
+        /// What sealing the old head makes.
+        seal: LayerId,
+        /// Where the old head goes.
+        rescue: Rescue,
+    },
+    /// Stop a compute.
+    Suspend {
+        /// Which.
+        branch: BranchId,
+        /// What the seal makes.
+        seal: LayerId,
+    },
+    /// Start a compute.
+    Wake {
+        /// Which.
+        branch: BranchId,
+    },
+    /// Write a point out as a plain data directory.
+    Export {
+        /// Which branch.
+        branch: BranchId,
+        /// The checkpoint; `None`: the head.
+        point: Option<CheckpointName>,
+        /// Its layer; `None`: the head, sealed first.
+        layer: Option<LayerId>,
+        /// What the seal makes.
+        seal: LayerId,
+        /// Where to.
+        dir: PathBuf,
+    },
+    /// Show a connection URL with its password.
+    ShowUrl {
+        /// Of which branch.
+        branch: BranchId,
+    },
+}
+
+/// One step of an operation. What it means depends on the operation: see [`Plan::steps`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Seal, and record what the operation is for.
+    Record,
+    /// Take the checkpoint.
+    Checkpoint,
+    /// Run the migrations.
+    Migrate,
+    /// The one entry that changes what a branch or the code is.
+    Switch,
+    /// Point the `current` symlink at the code that is recorded.
+    Code,
+    /// Remove what is stale on this node.
+    Sweep,
+    /// Write files.
+    Write,
+    /// Start the compute.
+    Start,
+}
+
+impl Plan {
+    /// The steps, in order; an act without any is complete with the entry that begins it.
+    ///
+    /// | act | steps | gives up by |
+    /// |---|---|---|
+    /// | create branch | `Record`\*: seal the source if need be; branch | nothing to do |
+    /// | create checkpoint | `Record`\*: seal; name | nothing to do |
+    /// | suspend | `Record`\*: fence, stop, seal | release the fence |
+    /// | delete branch | `Switch`\*: fence, discard the compute; branch gone. `Sweep`: its directory | release the fence |
+    /// | restore | `Switch`\*: fence, stop, seal; old head to the rescue branch, head moved. `Sweep`: the old volume | release the fence |
+    /// | release | `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink | the release has failed; checkpoint and earlier migrations stay |
+    /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
+    /// | export | `Write` | the directory is removed |
+    /// | wake | `Start` | nothing to do |
+    ///
+    /// \* the point of no return: after it there is only forward.
+    pub fn steps(&self) -> &'static [Step] {
+        match self {
+            Plan::CreateBranch { layer: Some(_), .. } => &[],
+            Plan::CreateBranch { layer: None, .. } | Plan::CreateCheckpoint { .. } | Plan::Suspend { .. } => {
+                &[Step::Record]
+            }
+            Plan::DeleteBranch { .. } | Plan::Restore { .. } => &[Step::Switch, Step::Sweep],
+            Plan::Release { .. } => &[Step::Checkpoint, Step::Migrate, Step::Switch, Step::Code],
+            Plan::Rollback { .. } => &[Step::Switch, Step::Code, Step::Sweep],
+            Plan::Export { .. } => &[Step::Write],
+            Plan::Wake { .. } => &[Step::Start],
+            Plan::CreateProject { .. }
+            | Plan::DeleteProject { .. }
+            | Plan::ChangeBranch { .. }
+            | Plan::DeleteCheckpoint { .. }
+            | Plan::ShowUrl { .. } => &[],
+        }
+    }
+
+    /// The branch that no other operation may touch while this one is under way.
+    pub fn holds(&self) -> Option<BranchId> {
+        match self {
+            Plan::CreateBranch { source: branch, .. }
+            | Plan::DeleteBranch { branch }
+            | Plan::CreateCheckpoint { branch, .. }
+            | Plan::Restore { branch, .. }
+            | Plan::Release { branch, .. }
+            | Plan::Rollback { branch, .. }
+            | Plan::Suspend { branch, .. }
+            | Plan::Wake { branch }
+            | Plan::Export { branch, .. } => Some(*branch),
+            Plan::CreateProject { .. }
+            | Plan::DeleteProject { .. }
+            | Plan::ChangeBranch { .. }
+            | Plan::DeleteCheckpoint { .. }
+            | Plan::ShowUrl { .. } => None,
+        }
+    }
+
+    /// What it is called in lists and messages.
+    pub fn act(&self) -> &'static str {
+        match self {
+            Plan::CreateProject { .. } => "create project",
+            Plan::DeleteProject { .. } => "delete project",
+            Plan::CreateBranch { .. } => "create branch",
+            Plan::ChangeBranch { .. } => "change branch",
+            Plan::DeleteBranch { .. } => "delete branch",
+            Plan::CreateCheckpoint { .. } => "create checkpoint",
+            Plan::DeleteCheckpoint { .. } => "delete checkpoint",
+            Plan::Restore { .. } => "restore",
+            Plan::Release { .. } => "release",
+            Plan::Rollback { .. } => "rollback",
+            Plan::Suspend { .. } => "suspend",
+            Plan::Wake { .. } => "wake",
+            Plan::Export { .. } => "export",
+            Plan::ShowUrl { .. } => "show url",
+        }
+    }
+}

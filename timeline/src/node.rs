@@ -1,0 +1,446 @@
+//! What one machine does with data: volumes, layers and processes, behind one seam.
+//!
+//! [`Node`] is all that operations need of the machine they run on; [`LocalNode`] does it for real. Operations are
+//! tested over a node in memory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Debug;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use ebb_compute::control::Status;
+use ebb_compute::manager::{Unit, UnitSpec};
+use ebb_compute::postgres::{self, Installation, OWNER};
+use ebb_storage::layer::Manifest;
+use ebb_storage::node::NodeStore;
+use ebb_storage::object_store::{Bucket, Put};
+use ebb_storage::volume::{Volume, VolumeDirs};
+use ebb_types::{BranchId, LayerId, Lsn};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::artifact::Migration;
+use crate::decide::Found;
+use crate::error::LocalContext as _;
+use crate::{Error, Refusal, Result, files, migrate};
+
+/// SCRAM verifiers by role; `None` for a role without a password.
+pub type Roles = BTreeMap<String, Option<String>>;
+
+/// A branch's data as the ledger has it: what a volume is made from, and which volumes are stale.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The branch.
+    pub branch: BranchId,
+    /// Which of its lines of history; a volume of another line is stale.
+    pub line: u64,
+    /// The newest recorded seal on it.
+    pub head: LayerId,
+}
+
+/// What a compute is started with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Start {
+    /// Where its data is.
+    pub data: Line,
+    /// Major version of its Postgres.
+    pub pg_major: u32,
+    /// The owner's first verifier, for a cluster in which that role has none.
+    pub verifier: String,
+}
+
+/// What operations need of a machine. Every method may be called again after it failed or was cut off.
+#[async_trait]
+pub trait Node: Debug + Send + Sync + 'static {
+    /// The newest installed major version of Postgres, or the wanted one if it is installed.
+    fn pg_major(&self, wanted: Option<u32>) -> Result<u32>;
+
+    /// The layer that projects of this version start from: in the bucket, the same for every node.
+    async fn template(&self, pg_major: u32) -> Result<LayerId>;
+
+    /// Finds the running compute of a branch: its socket.
+    async fn adopt(&self, branch: BranchId) -> Result<Option<PathBuf>>;
+
+    /// Starts a compute and waits until it answers: its socket. A stale volume is replaced by a fresh one on the head.
+    async fn start(&self, start: &Start) -> Result<PathBuf>;
+
+    /// Makes a layer of what the branch's volume holds, whether or not its compute runs: the layer that now holds it
+    /// all, or `None` if this node has no volume of that line (the recorded head is all there is).
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>>;
+
+    /// Stops the compute, if one runs, and seals.
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>>;
+
+    /// Ends the compute, if one runs, without sealing.
+    async fn discard(&self, branch: BranchId) -> Result<()>;
+
+    /// Returns when the compute that was started or adopted last is gone.
+    async fn gone(&self, branch: BranchId);
+
+    /// How the compute is, if it answers.
+    async fn status(&self, branch: BranchId) -> Option<Status>;
+
+    /// Where the running compute is in its WAL and its transactions.
+    async fn positions(&self, branch: BranchId) -> Result<Found>;
+
+    /// Runs the pending migrations on the running compute.
+    async fn migrate(&self, branch: BranchId, release: &str, migrations: &[Migration]) -> Result<Vec<String>>;
+
+    /// Removes the branch's volume (its sealed layers stay). The compute must not run.
+    async fn remove_volume(&self, branch: BranchId) -> Result<()>;
+
+    /// Removes all that this node has of the branch (its sealed layers stay). The compute must not run.
+    async fn remove_branch(&self, branch: BranchId) -> Result<()>;
+
+    /// The roles of a branch, awake or not; `None` if its image never published any.
+    async fn roles(&self, data: &Line) -> Result<Option<Roles>>;
+
+    /// Makes a layer's whole chain present on this node.
+    async fn fetch(&self, layer: LayerId) -> Result<()>;
+
+    /// Writes a layer's image out as a plain data directory: its bytes.
+    async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64>;
+
+    /// The layers of a chain that this node might have to upload, oldest first: empty if the layer is not local.
+    async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>>;
+
+    /// Uploads a local layer, unless the bucket has it.
+    async fn upload(&self, layer: LayerId) -> Result<()>;
+
+    /// Where recovery of a layer's image begins, if the layer is local.
+    async fn redo(&self, layer: LayerId) -> Option<Lsn>;
+
+    /// Bytes free for data on this machine.
+    fn free_bytes(&self) -> Result<u64>;
+}
+
+/// The machine this process runs on.
+#[derive(Debug)]
+pub struct LocalNode {
+    data_dir: PathBuf,
+    exe: PathBuf,
+    bucket: Bucket,
+    store: NodeStore,
+    units: Mutex<HashMap<BranchId, Unit>>,
+    /// One template is made at a time.
+    templates: tokio::sync::Mutex<HashMap<u32, LayerId>>,
+}
+
+/// What `templates/<major>` holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Template {
+    layer: LayerId,
+    version: String,
+}
+
+impl LocalNode {
+    /// Names a machine's parts; touches nothing.
+    pub fn new(data_dir: PathBuf, exe: PathBuf, bucket: Bucket) -> Self {
+        let store = NodeStore::new(&data_dir, bucket.clone());
+        Self { data_dir, exe, bucket, store, units: Mutex::default(), templates: tokio::sync::Mutex::default() }
+    }
+
+    fn branch_dir(&self, branch: BranchId) -> PathBuf {
+        self.data_dir.join("branches").join(branch.to_string())
+    }
+
+    fn dirs(&self, branch: BranchId) -> VolumeDirs {
+        VolumeDirs { layers: self.store.layers_dir().to_owned(), branch: self.branch_dir(branch) }
+    }
+
+    fn unit(&self, branch: BranchId) -> Option<Unit> {
+        self.units.lock().get(&branch).cloned()
+    }
+
+    fn installation(&self, pg_major: u32) -> Result<Installation> {
+        let found = postgres::installations();
+        let have = found.iter().map(|one| one.major.to_string()).collect::<Vec<_>>().join(", ");
+        found.into_iter().rev().find(|one| one.major == pg_major).ok_or_else(|| {
+            Refusal::Invalid(format!("PostgreSQL {pg_major} is not installed on this node (it has: {have})")).into()
+        })
+    }
+
+    async fn make_template(&self, pg_major: u32) -> Result<LayerId> {
+        let key = format!("templates/{pg_major}");
+        match self.bucket.get(&key).await {
+            Ok(bytes) => return read_template(&key, &bytes),
+            Err(ebb_storage::Error::NoSuchObject { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let installation = self.installation(pg_major)?;
+        let temp = self.data_dir.join("tmp");
+        fs::create_dir_all(&temp).on("create", &temp)?;
+        let cluster = temp.join(format!("template-{pg_major}-{:016x}", rand::random::<u64>()));
+        let imported = async {
+            postgres::make_template(&installation, &cluster).await?;
+            Ok::<_, Error>(self.store.import(&cluster).await?)
+        };
+        let imported = imported.await;
+        files::remove_dir(&cluster)?;
+        let layer = imported?;
+        self.store.upload(layer).await?;
+        let template = Template { layer, version: installation.version };
+        let bytes = serde_json::to_vec(&template).expect("a template is plain data");
+        match self.bucket.put_if_absent(&key, bytes.into()).await? {
+            Put::Created => Ok(layer),
+            // Another node was first: its template is everybody's.
+            Put::Exists => read_template(&key, &self.bucket.get(&key).await?),
+        }
+    }
+
+    /// Whether the branch has a volume of this line on this node.
+    ///
+    /// INVARIANT: `line` is written before a volume is made, and changed only while there is none. A volume without it
+    /// is therefore no crash of ours; it may hold commits, so it is reported rather than replaced.
+    fn has_volume(&self, data: &Line) -> Result<bool> {
+        if !Volume::exists(&self.dirs(data.branch)) {
+            return Ok(false);
+        }
+        let file = self.line_file(data.branch);
+        let text = fs::read_to_string(&file).on("read", &file)?;
+        let line: u64 = text.trim().parse().map_err(|_| {
+            let why = "it does not hold a number".to_owned();
+            Error::Storage(ebb_storage::Error::Corrupt { what: file.to_string_lossy().into_owned(), why })
+        })?;
+        Ok(line == data.line)
+    }
+
+    fn line_file(&self, branch: BranchId) -> PathBuf {
+        self.branch_dir(branch).join("line")
+    }
+
+    /// Removes the volume, and the roles that its compute had published.
+    async fn clear(&self, branch: BranchId) -> Result<()> {
+        let dirs = self.dirs(branch);
+        blocking("removing a volume", move || {
+            files::remove_file(&dirs.branch.join("roles.json"))?;
+            files::remove_file(&dirs.branch.join("volume.json"))?;
+            files::remove_dir(&dirs.branch.join("wal"))
+        })
+        .await
+    }
+
+    /// Makes the volume, unless there is one of this line. What is there of another line is stale, and removed.
+    async fn ensure_volume(&self, data: &Line) -> Result<()> {
+        if self.has_volume(data)? {
+            return Ok(());
+        }
+        self.store.ensure_local(data.head).await?;
+        let dir = self.branch_dir(data.branch);
+        fs::create_dir_all(&dir).on("create", &dir)?;
+        self.clear(data.branch).await?;
+        files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
+        let (dirs, head) = (self.dirs(data.branch), data.head);
+        blocking("making a volume", move || Ok(Volume::create(&dirs, head)?)).await
+    }
+
+    async fn manifest(&self, layer: LayerId) -> Result<Option<Manifest>> {
+        match self.store.manifest(layer).await {
+            Ok(manifest) => Ok(Some(manifest)),
+            Err(ebb_storage::Error::NoSuchLayer(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[async_trait]
+impl Node for LocalNode {
+    fn pg_major(&self, wanted: Option<u32>) -> Result<u32> {
+        match wanted {
+            Some(wanted) => Ok(self.installation(wanted)?.major),
+            None => match postgres::installations().last() {
+                Some(newest) => Ok(newest.major),
+                None => Err(ebb_compute::Error::NoPostgres { looked: Vec::new() }.into()),
+            },
+        }
+    }
+
+    async fn template(&self, pg_major: u32) -> Result<LayerId> {
+        let mut known = self.templates.lock().await;
+        if let Some(layer) = known.get(&pg_major) {
+            return Ok(*layer);
+        }
+        let layer = self.make_template(pg_major).await?;
+        known.insert(pg_major, layer);
+        Ok(layer)
+    }
+
+    async fn adopt(&self, branch: BranchId) -> Result<Option<PathBuf>> {
+        let unit = Unit::adopt(&self.branch_dir(branch)).await?;
+        let socket = unit.as_ref().map(Unit::socket);
+        match unit {
+            Some(unit) => self.units.lock().insert(branch, unit),
+            None => self.units.lock().remove(&branch),
+        };
+        Ok(socket)
+    }
+
+    async fn start(&self, start: &Start) -> Result<PathBuf> {
+        let branch = start.data.branch;
+        let installation = self.installation(start.pg_major)?;
+        self.ensure_volume(&start.data).await?;
+        let spec = UnitSpec {
+            branch,
+            branch_dir: self.branch_dir(branch),
+            layers_dir: self.store.layers_dir().to_owned(),
+            pg_bin: installation.bin,
+            settings: Vec::new(),
+            initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
+        };
+        let unit = Unit::start(&self.exe, &spec).await?;
+        let socket = unit.socket();
+        self.units.lock().insert(branch, unit);
+        Ok(socket)
+    }
+
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+        if let Some(unit) = self.unit(data.branch) {
+            match unit.seal(id).await {
+                Ok((layer, _)) => return Ok(Some(layer)),
+                Err(ebb_compute::Error::Gone) => self.units.lock().remove(&data.branch),
+                Err(error) => return Err(error.into()),
+            };
+        }
+        if !self.has_volume(data)? {
+            return Ok(None);
+        }
+        // A compute that was lost leaves a volume with more than its last seal: crash-consistent, so a layer as it is.
+        let dirs = self.dirs(data.branch);
+        blocking("sealing a volume", move || Ok(Some(Volume::open(&dirs)?.seal(id)?.layer))).await
+    }
+
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+        let Some(unit) = self.unit(data.branch) else {
+            return self.seal(data, id).await;
+        };
+        match unit.stop(id).await {
+            Ok((layer, _)) => {
+                self.units.lock().remove(&data.branch);
+                Ok(Some(layer))
+            }
+            Err(ebb_compute::Error::Gone) => {
+                self.units.lock().remove(&data.branch);
+                self.seal(data, id).await
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn discard(&self, branch: BranchId) -> Result<()> {
+        let unit = match self.unit(branch) {
+            Some(unit) => Some(unit),
+            None => Unit::adopt(&self.branch_dir(branch)).await?,
+        };
+        if let Some(unit) = unit {
+            match unit.discard().await {
+                Ok(()) | Err(ebb_compute::Error::Gone) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.units.lock().remove(&branch);
+        Ok(())
+    }
+
+    async fn gone(&self, branch: BranchId) {
+        if let Some(unit) = self.unit(branch) {
+            unit.gone().await;
+        }
+    }
+
+    async fn status(&self, branch: BranchId) -> Option<Status> {
+        self.unit(branch)?.status().await.ok()
+    }
+
+    async fn positions(&self, branch: BranchId) -> Result<Found> {
+        match self.unit(branch) {
+            Some(unit) => migrate::positions(&unit.socket()).await,
+            None => Err(ebb_compute::Error::Gone.into()),
+        }
+    }
+
+    async fn migrate(&self, branch: BranchId, release: &str, migrations: &[Migration]) -> Result<Vec<String>> {
+        match self.unit(branch) {
+            Some(unit) => migrate::run(&unit.socket(), release, migrations).await,
+            None => Err(ebb_compute::Error::Gone.into()),
+        }
+    }
+
+    async fn remove_volume(&self, branch: BranchId) -> Result<()> {
+        self.clear(branch).await
+    }
+
+    async fn remove_branch(&self, branch: BranchId) -> Result<()> {
+        self.clear(branch).await?;
+        files::remove_dir(&self.branch_dir(branch))
+    }
+
+    async fn roles(&self, data: &Line) -> Result<Option<Roles>> {
+        let of_branch = self.branch_dir(data.branch).join("roles.json");
+        if self.has_volume(data)?
+            && let Some(roles) = read_roles(&of_branch)?
+        {
+            return Ok(Some(roles));
+        }
+        let layer = self.store.layers_dir().join(data.head.to_string());
+        if !layer.join("manifest").exists() {
+            // On a node that has nothing yet: without the image's own verifiers an old password might be let in.
+            self.store.ensure_local(data.head).await?;
+        }
+        read_roles(&layer.join("roles.json"))
+    }
+
+    async fn fetch(&self, layer: LayerId) -> Result<()> {
+        Ok(self.store.ensure_local(layer).await?)
+    }
+
+    async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64> {
+        self.store.ensure_local(layer).await?;
+        self.store.export(layer, dir).await?;
+        let dir = dir.to_owned();
+        blocking("counting an export", move || files::tree_bytes(&dir)).await
+    }
+
+    async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        Ok(self.manifest(layer).await?.map(|manifest| manifest.chain).unwrap_or_default())
+    }
+
+    async fn upload(&self, layer: LayerId) -> Result<()> {
+        self.store.upload(layer).await?;
+        Ok(())
+    }
+
+    async fn redo(&self, layer: LayerId) -> Option<Lsn> {
+        self.manifest(layer).await.ok()?.map(|manifest| manifest.image.redo)
+    }
+
+    fn free_bytes(&self) -> Result<u64> {
+        let found = rustix::fs::statvfs(&self.data_dir).map_err(std::io::Error::from).on("look at", &self.data_dir)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+}
+
+fn read_template(key: &str, bytes: &[u8]) -> Result<LayerId> {
+    let template: Template = serde_json::from_slice(bytes).map_err(|error| {
+        Error::Storage(ebb_storage::Error::Corrupt { what: format!("object {key:?}"), why: error.to_string() })
+    })?;
+    Ok(template.layer)
+}
+
+fn read_roles(path: &Path) -> Result<Option<Roles>> {
+    match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+            let what = path.to_string_lossy().into_owned();
+            Error::Storage(ebb_storage::Error::Corrupt { what, why: error.to_string() })
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).on("read", path),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    act: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(act))?
+}

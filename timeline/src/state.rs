@@ -1,0 +1,447 @@
+//! What a project is: the fold of its ledger. Pure; every assignment to a state machine goes through its `next`.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::PathBuf;
+
+use ebb_types::{
+    BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, ProjectId, ProjectName, ReleaseId, Timestamp,
+    nearest,
+};
+
+use crate::api::types::Parent;
+use crate::error::Refusal;
+use crate::event::{Event, Key, Plan, Step};
+use crate::ledger::{Entry, Fold};
+use crate::machine::{Phase, PhaseEvent, ReleaseEvent, ReleaseStage};
+
+/// LIMIT: idempotency keys remembered per project. A caller that retries does so within minutes; a thousand acts later
+/// a key may be used anew.
+const KEYS_MAX: usize = 1024;
+
+/// A project as its ledger tells it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ProjectState {
+    /// What was fixed when it was made; `None` before the first entry.
+    pub facts: Option<Facts>,
+    /// Whether it was deleted.
+    pub deleted: bool,
+    /// Its branches.
+    pub branches: BTreeMap<BranchId, Branch>,
+    /// Its releases, oldest first.
+    pub releases: Vec<Release>,
+    /// The release whose code is the project's code.
+    pub code: Option<ReleaseId>,
+    /// Operations that are neither done nor undone.
+    pub operations: BTreeMap<OperationId, Operation>,
+    /// Acts that came with an idempotency key and were not undone, oldest first.
+    pub keys: VecDeque<KeyUse>,
+    /// Rescue branches made so far, per branch: numbers are not used twice.
+    pub rescues: BTreeMap<BranchId, u64>,
+}
+
+/// What never changes about a project.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// Its identifier.
+    pub id: ProjectId,
+    /// Its name.
+    pub name: ProjectName,
+    /// Major version of its Postgres.
+    pub pg_major: u32,
+    /// The symlink its releases switch; `None`: the one in the node's data directory.
+    pub current: Option<PathBuf>,
+    /// Verifier of the owner role's first password.
+    pub verifier: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// A branch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Branch {
+    /// Its name.
+    pub name: BranchName,
+    /// Its newest recorded seal.
+    pub head: LayerId,
+    /// Counts how often the branch was moved to another history. A volume knows for which line it was made; one of
+    /// another line is stale, whatever it holds.
+    pub line: u64,
+    /// Where it comes from.
+    pub parent: Option<Parent>,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Idle time after which its compute is suspended, if it has its own.
+    pub idle_suspend_ms: Option<u64>,
+    /// For a rescue branch: until when nothing may delete it.
+    pub rescue_until: Option<Timestamp>,
+    /// Its checkpoints, oldest first.
+    pub checkpoints: Vec<Checkpoint>,
+}
+
+/// A checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// Its name.
+    pub name: CheckpointName,
+    /// The layer it names.
+    pub layer: LayerId,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// End of WAL in it, where known.
+    pub lsn: Option<Lsn>,
+    /// The transaction number that was next, where known.
+    pub next_xid: Option<u64>,
+}
+
+/// A release.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Release {
+    /// Its identifier.
+    pub id: ReleaseId,
+    /// `v1`, `v2` ….
+    pub name: String,
+    /// BLAKE3 of its artifact, in hex.
+    pub artifact: String,
+    /// File names of its migrations, in order.
+    pub migrations: Vec<String>,
+    /// The checkpoint taken before it touched anything.
+    pub checkpoint: CheckpointName,
+    /// When it was begun.
+    pub created_at: Timestamp,
+    /// What has become of it.
+    pub stage: ReleaseStage,
+    /// Why it failed.
+    pub fault: Option<String>,
+}
+
+/// An operation under way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Operation {
+    /// What it does.
+    pub plan: Plan,
+    /// How far it has come.
+    pub phase: Phase,
+    /// Its steps that are done.
+    pub done: Vec<Step>,
+    /// Who asked for it.
+    pub actor: String,
+}
+
+/// An idempotency key and what it stands for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeyUse {
+    /// The key and its request.
+    pub key: Key,
+    /// The operation it began.
+    pub op: OperationId,
+    /// What that does: the answer is found by it.
+    pub plan: Plan,
+}
+
+impl Operation {
+    /// The step to do next.
+    pub fn next_step(&self) -> Option<Step> {
+        self.plan.steps().get(self.done.len()).copied()
+    }
+}
+
+impl Branch {
+    /// Finds a checkpoint.
+    ///
+    /// # Errors
+    /// With the nearest names, or the newest ones.
+    pub fn checkpoint(&self, name: &str) -> Result<&Checkpoint, Refusal> {
+        self.checkpoints.iter().find(|checkpoint| checkpoint.name.as_str() == name).ok_or_else(|| {
+            let names = || self.checkpoints.iter().rev().map(|checkpoint| checkpoint.name.as_str());
+            Refusal::NoCheckpoint {
+                branch: self.name.clone(),
+                name: name.to_owned(),
+                near: near_or_newest(name, names),
+            }
+        })
+    }
+}
+
+/// Names like the wanted one; if there are none, the newest few.
+fn near_or_newest<'a, I: Iterator<Item = &'a str>>(wanted: &str, newest_first: impl Fn() -> I) -> Vec<String> {
+    let mut near = nearest(wanted, newest_first());
+    if near.is_empty() {
+        near = newest_first().take(3).collect();
+    }
+    near.into_iter().map(str::to_owned).collect()
+}
+
+impl ProjectState {
+    /// What was fixed when the project was made.
+    ///
+    /// # Errors
+    /// If it was deleted.
+    pub fn facts(&self) -> Result<&Facts, Refusal> {
+        match &self.facts {
+            Some(facts) if !self.deleted => Ok(facts),
+            Some(facts) => Err(Refusal::NoProject { name: facts.name.to_string(), near: Vec::new() }),
+            None => Err(Refusal::TooLate("the project has no ledger yet".to_owned())),
+        }
+    }
+
+    /// Finds a branch by its name.
+    ///
+    /// # Errors
+    /// With the nearest names.
+    pub fn branch(&self, name: &str) -> Result<(BranchId, &Branch), Refusal> {
+        let project = &self.facts()?.name;
+        self.branches
+            .iter()
+            .find(|(_, branch)| branch.name.as_str() == name)
+            .map(|(id, branch)| (*id, branch))
+            .ok_or_else(|| {
+                let near = nearest(name, self.branches.values().map(|branch| branch.name.as_str()));
+                let near = near.into_iter().map(str::to_owned).collect();
+                Refusal::NoBranch { project: project.clone(), name: name.to_owned(), near }
+            })
+    }
+
+    /// Finds a branch by its identifier.
+    ///
+    /// # Errors
+    /// If it was deleted.
+    pub fn branch_by_id(&self, id: BranchId) -> Result<&Branch, Refusal> {
+        let project = &self.facts()?.name;
+        self.branches.get(&id).ok_or_else(|| Refusal::NoBranch {
+            project: project.clone(),
+            name: id.to_string(),
+            near: Vec::new(),
+        })
+    }
+
+    /// Finds a release by its name.
+    ///
+    /// # Errors
+    /// With the nearest names, or the newest ones.
+    pub fn release(&self, name: &str) -> Result<&Release, Refusal> {
+        let project = &self.facts()?.name;
+        self.releases.iter().find(|release| release.name == name).ok_or_else(|| {
+            let names = || self.releases.iter().rev().map(|release| release.name.as_str());
+            Refusal::NoRelease { project: project.clone(), name: name.to_owned(), near: near_or_newest(name, names) }
+        })
+    }
+
+    /// Finds a release by its identifier.
+    pub fn release_by_id(&self, id: ReleaseId) -> Option<&Release> {
+        self.releases.iter().find(|release| release.id == id)
+    }
+
+    /// The operation that holds a branch.
+    pub fn holder(&self, branch: BranchId) -> Option<(OperationId, &Operation)> {
+        self.operations
+            .iter()
+            .find(|(_, operation)| operation.plan.holds() == Some(branch))
+            .map(|(id, operation)| (*id, operation))
+    }
+
+    /// What an idempotency key stands for.
+    ///
+    /// # Errors
+    /// If it came with another request.
+    pub fn key(&self, key: &Key) -> Result<Option<&KeyUse>, Refusal> {
+        match self.keys.iter().find(|used| used.key.key == key.key) {
+            Some(used) if used.key.request != key.request => Err(Refusal::KeyReused(key.key.clone())),
+            used => Ok(used),
+        }
+    }
+
+    /// Every layer that something keeps: heads, checkpoints, and where open operations go.
+    pub fn layers(&self) -> BTreeSet<LayerId> {
+        if self.deleted {
+            return BTreeSet::new();
+        }
+        let of_branches = self
+            .branches
+            .values()
+            .flat_map(|branch| branch.checkpoints.iter().map(|checkpoint| checkpoint.layer).chain([branch.head]));
+        let of_operations = self.operations.values().filter_map(|operation| match &operation.plan {
+            Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
+            Plan::Export { layer, .. } => *layer,
+            _ => None,
+        });
+        of_branches.chain(of_operations).collect()
+    }
+
+    fn branch_mut(&mut self, id: BranchId) -> Result<&mut Branch, String> {
+        self.branches.get_mut(&id).ok_or_else(|| format!("there is no branch {id}"))
+    }
+
+    fn release_mut(&mut self, id: ReleaseId) -> Result<&mut Release, String> {
+        self.releases.iter_mut().find(|release| release.id == id).ok_or_else(|| format!("there is no release {id}"))
+    }
+
+    fn advance_release(&mut self, id: ReleaseId, event: ReleaseEvent) -> Result<&mut Release, String> {
+        let release = self.release_mut(id)?;
+        release.stage = release.stage.next(event).map_err(|illegal| illegal.to_string())?;
+        Ok(release)
+    }
+
+    fn apply_event(&mut self, entry: &Entry<Event>, event: &Event) -> Result<(), String> {
+        if self.deleted && !matches!(event, Event::OperationDone) {
+            return Err("the project was deleted".to_owned());
+        }
+        match event {
+            Event::ProjectCreated { project, name, pg_major, current, verifier } => {
+                if self.facts.is_some() {
+                    return Err("the project exists already".to_owned());
+                }
+                self.facts = Some(Facts {
+                    id: *project,
+                    name: name.clone(),
+                    pg_major: *pg_major,
+                    current: current.clone(),
+                    verifier: verifier.clone(),
+                    created_at: entry.time,
+                });
+            }
+            Event::ProjectDeleted => self.deleted = true,
+            Event::BranchCreated { branch, name, head, parent, rescue_until } => {
+                if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
+                    return Err(format!("branch {name:?} exists already"));
+                }
+                let made = Branch {
+                    name: name.clone(),
+                    head: *head,
+                    line: 0,
+                    parent: parent.clone(),
+                    created_at: entry.time,
+                    idle_suspend_ms: None,
+                    rescue_until: *rescue_until,
+                    checkpoints: Vec::new(),
+                };
+                self.branches.insert(*branch, made);
+            }
+            Event::BranchChanged { branch, idle_suspend_ms } => {
+                self.branch_mut(*branch)?.idle_suspend_ms = Some(*idle_suspend_ms);
+            }
+            Event::BranchSealed { branch, layer } => self.branch_mut(*branch)?.head = *layer,
+            Event::BranchMoved { branch, head, .. } => {
+                let branch_id = *branch;
+                let branch = self.branch_mut(branch_id)?;
+                branch.head = *head;
+                branch.line += 1;
+                *self.rescues.entry(branch_id).or_default() += 1;
+            }
+            Event::BranchDeleted { branch } => {
+                self.branches.remove(branch).ok_or_else(|| format!("there is no branch {branch}"))?;
+                self.rescues.remove(branch);
+            }
+            Event::CheckpointCreated { branch, name, layer, lsn, next_xid } => {
+                let branch = self.branch_mut(*branch)?;
+                if branch.checkpoints.iter().any(|other| other.name == *name) {
+                    return Err(format!("checkpoint {name:?} exists already"));
+                }
+                branch.checkpoints.push(Checkpoint {
+                    name: name.clone(),
+                    layer: *layer,
+                    created_at: entry.time,
+                    lsn: *lsn,
+                    next_xid: *next_xid,
+                });
+            }
+            Event::CheckpointDeleted { branch, name } => {
+                let checkpoints = &mut self.branch_mut(*branch)?.checkpoints;
+                let before = checkpoints.len();
+                checkpoints.retain(|checkpoint| checkpoint.name != *name);
+                if checkpoints.len() == before {
+                    return Err(format!("there is no checkpoint {name:?}"));
+                }
+            }
+            Event::ReleaseBegun { release, name, artifact, migrations, checkpoint } => {
+                if self.releases.iter().any(|other| other.id == *release || other.name == *name) {
+                    return Err(format!("release {name:?} exists already"));
+                }
+                self.releases.push(Release {
+                    id: *release,
+                    name: name.clone(),
+                    artifact: artifact.clone(),
+                    migrations: migrations.clone(),
+                    checkpoint: checkpoint.clone(),
+                    created_at: entry.time,
+                    stage: ReleaseStage::Deploying,
+                    fault: None,
+                });
+            }
+            Event::ReleaseDeployed { release } => {
+                self.advance_release(*release, ReleaseEvent::Deploy)?;
+                self.code = Some(*release);
+            }
+            Event::ReleaseFailed { release, fault } => {
+                self.advance_release(*release, ReleaseEvent::Fail)?.fault = Some(fault.clone());
+            }
+            Event::ReleasesRolledBack { to, releases } => {
+                for release in releases {
+                    self.advance_release(*release, ReleaseEvent::TakeBack)?;
+                }
+                self.code = Some(self.release_mut(*to)?.id);
+            }
+            Event::OperationBegun { plan, key } => self.begin(entry, plan, key.as_ref())?,
+            Event::StepDone { step } => {
+                let (_, operation) = self.operation_of(entry)?;
+                if operation.next_step() != Some(*step) {
+                    return Err(format!("step {step:?} is not next"));
+                }
+                operation.done.push(*step);
+                if matches!(step, Step::Record | Step::Switch) {
+                    operation.phase =
+                        operation.phase.next(PhaseEvent::Commit).map_err(|illegal| illegal.to_string())?;
+                }
+            }
+            Event::OperationDone => self.end(entry, PhaseEvent::Finish)?,
+            Event::OperationUndone { .. } => {
+                self.end(entry, PhaseEvent::Undo)?;
+                // An act that came to nothing does not use up its key: the caller may try again with it.
+                self.keys.retain(|used| Some(used.op) != entry.op);
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, entry: &Entry<Event>, plan: &Plan, key: Option<&Key>) -> Result<(), String> {
+        let op = entry.op.ok_or("an operation begins without an identifier")?;
+        if self.operations.contains_key(&op) {
+            return Err(format!("operation {op} has begun already"));
+        }
+        let operation =
+            Operation { plan: plan.clone(), phase: Phase::Begun, done: Vec::new(), actor: entry.actor.clone() };
+        self.operations.insert(op, operation);
+        if let Some(key) = key {
+            if self.keys.len() >= KEYS_MAX {
+                self.keys.pop_front();
+            }
+            self.keys.push_back(KeyUse { key: key.clone(), op, plan: plan.clone() });
+        }
+        Ok(())
+    }
+
+    fn operation_of(&mut self, entry: &Entry<Event>) -> Result<(OperationId, &mut Operation), String> {
+        let op = entry.op.ok_or("a step belongs to no operation")?;
+        self.operations
+            .get_mut(&op)
+            .map(|operation| (op, operation))
+            .ok_or_else(|| format!("operation {op} is not under way"))
+    }
+
+    fn end(&mut self, entry: &Entry<Event>, how: PhaseEvent) -> Result<(), String> {
+        let (op, operation) = self.operation_of(entry)?;
+        operation.phase.next(how).map_err(|illegal| illegal.to_string())?;
+        self.operations.remove(&op);
+        Ok(())
+    }
+}
+
+impl Fold for ProjectState {
+    type Event = Event;
+
+    fn apply(&mut self, entry: &Entry<Event>) -> Result<(), String> {
+        if self.facts.is_none() && !entry.events.iter().any(|event| matches!(event, Event::ProjectCreated { .. })) {
+            return Err("the first entry does not create a project".to_owned());
+        }
+        entry.events.iter().try_for_each(|event| self.apply_event(entry, event))
+    }
+}
