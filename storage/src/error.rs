@@ -65,7 +65,7 @@ impl Error {
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Local { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Unavailable,
+            Error::Local { source, .. } if is_full(source) => ErrorKind::Unavailable,
             Error::Local { .. } => ErrorKind::Internal,
             Error::NoSuchObject { .. } | Error::NoSuchLayer(_) => ErrorKind::NotFound,
             Error::Bucket { .. } => ErrorKind::Unavailable,
@@ -74,6 +74,11 @@ impl Error {
             Error::Invalid(_) => ErrorKind::Invalid,
         }
     }
+}
+
+/// No room, or none left for this user.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Adds to an I/O error what was tried on which path.

@@ -290,7 +290,7 @@ fn check_reaches_root(parents: &HashMap<Ino, Ino>) -> Result<(), String> {
         let mut at = directory;
         while !known.contains(&at) {
             if path.len() > parents.len() {
-                return Err(format!("directory {directory} is inside itself"));
+                return Err("a directory is inside itself".to_owned());
             }
             path.push(at);
             at = parents[&at];

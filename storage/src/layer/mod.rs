@@ -10,7 +10,7 @@
 //! ```text
 //! layers/<layer id>/
 //!   manifest        complete tree and page map (written once, when sealed)
-//!   data/<ino>      one sparse file per file with pages in this layer; a hole means "not in this layer"
+//!   data/<ino>      one sparse file per file with pages in this layer; the manifest tells which pages those are
 //!   wal/<segment>   WAL from the redo point of the image to its end; complete segments may be hard links
 //!   journal         only while it is or was an upper on this node: tree operations (see `volume::journal`)
 //!   roles.json      SCRAM verifiers by role, as the compute last published them

@@ -151,7 +151,12 @@ impl ObjectStore for Dir {
 
 impl Inner {
     fn prepare(&self) -> Result<()> {
-        make_dirs(&self.root).on("make the bucket's directory", &self.root)?;
+        if !self.root.is_dir() {
+            make_dirs(&self.root).on("make the bucket's directory", &self.root)?;
+            // Its name is on disk only once its own directory is; further up, somebody else made the directories.
+            let above = self.root.parent().unwrap_or(&self.root);
+            sync_dir(above).on("sync", above)?;
+        }
         let marker = self.root.join(MARKER);
         match fs::read_to_string(&marker) {
             Ok(text) => check_marker(&self.root, &text)?,

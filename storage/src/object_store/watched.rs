@@ -104,3 +104,67 @@ impl<S: ObjectStore> ObjectStore for Watched<S> {
         self.watch("delete", key, 0, self.store.delete(key)).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    /// A store that never answers.
+    #[derive(Debug)]
+    struct Stuck;
+
+    #[async_trait]
+    impl ObjectStore for Stuck {
+        async fn get(&self, _: &str) -> Result<Bytes> {
+            pending().await
+        }
+        async fn get_range(&self, _: &str, _: Range<u64>) -> Result<Bytes> {
+            pending().await
+        }
+        async fn put(&self, _: &str, _: Bytes) -> Result<()> {
+            pending().await
+        }
+        async fn put_if_absent(&self, _: &str, _: Bytes) -> Result<Put> {
+            pending().await
+        }
+        async fn put_file(&self, _: &str, _: &Path) -> Result<()> {
+            pending().await
+        }
+        async fn head(&self, _: &str) -> Result<Option<ObjectMeta>> {
+            pending().await
+        }
+        async fn list(&self, _: &str, _: Option<&str>) -> Result<Vec<ObjectMeta>> {
+            pending().await
+        }
+        async fn delete(&self, _: &str) -> Result<()> {
+            pending().await
+        }
+    }
+
+    fn timed_out<T: std::fmt::Debug>(result: Result<T>) {
+        let Err(error @ Error::Bucket { .. }) = result else { panic!("{result:?}") };
+        assert_eq!(error.kind(), ebb_types::ErrorKind::Unavailable);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_call_waits_for_ever() {
+        let store = Watched::new(Stuck);
+        timed_out(store.get("a").await);
+        timed_out(store.get_range("a", 0..1).await);
+        timed_out(store.put("a", Bytes::new()).await);
+        timed_out(store.put_if_absent("a", Bytes::new()).await);
+        timed_out(store.put_file("a", Path::new("/proc/self/status")).await);
+        timed_out(store.head("a").await);
+        timed_out(store.list("", None).await);
+        timed_out(store.delete("a").await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_call_has_longer() {
+        let began = Instant::now();
+        timed_out(Watched::new(Stuck).put("a", vec![0; 100 << 20].into()).await);
+        assert_eq!(began.elapsed().as_secs(), 130);
+    }
+}

@@ -11,10 +11,7 @@ use ebb_storage::object_store::{self, Bucket};
 use ebb_storage::pg_files::{WalSegment, read_image_info};
 use ebb_types::{ErrorKind, LayerId};
 
-#[path = "support/postgres.rs"]
-mod postgres;
-
-use postgres::Cluster;
+use crate::postgres::Cluster;
 
 /// A scratch directory that Postgres, which runs as another user, may enter.
 fn scratch() -> tempfile::TempDir {
