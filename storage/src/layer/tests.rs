@@ -190,6 +190,49 @@ async fn a_layer_comes_back_as_it_was_and_the_same_each_time() {
     assert_eq!(there.manifest(below.id).await.unwrap(), below);
 }
 
+#[tokio::test]
+async fn an_image_is_exported_from_all_layers_of_its_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let bucket = bucket_in(dir.path()).await;
+    let here = NodeStore::new(&dir.path().join("here"), bucket.clone());
+    let (old, new) = (LayerId::for_test(1), LayerId::for_test(2));
+    let mut above = sample();
+    above.inodes.push(inode(10, 1, "global", InodeKind::Directory));
+    above.inodes.push(inode(11, 10, "pg_control", file(BLOCK_BYTES, &[(0, 1, 1)])));
+    let mut below = above.clone();
+    (below.id, below.chain) = (old, vec![old]);
+    below.inodes.retain(|inode| [1, 2, 7, 3, 4].contains(&inode.ino));
+    below.inodes[3].kind = file(40 * BLOCK_BYTES, &[(0, 40, 0)]);
+    let dir_of = |id: LayerId| here.layers_dir().join(id.to_string());
+    write_layer(&dir_of(old), &below, |ino, page| {
+        format!("old page {page} of {ino} ").repeat(999).as_bytes()[..PAGE].to_vec()
+    });
+    write_layer(&dir_of(new), &above, sample_page);
+    fs::write(dir_of(new).join("wal/000000010000000000000002"), sample_wal()).unwrap();
+    for id in [old, new] {
+        here.upload(id).await.unwrap();
+    }
+
+    let there = NodeStore::new(&dir.path().join("there"), bucket);
+    let dest = dir.path().join("dest");
+    there.export(new, &dest).await.unwrap();
+    let image = fs::read(dest.join("base/moved-up/old and new")).unwrap();
+    assert_eq!(image.len(), 40 * PAGE + 100);
+    for page in 0..41 {
+        let found = &image[page * PAGE..image.len().min((page + 1) * PAGE)];
+        let expect = match page {
+            0 | 1 | 30 => format!("old page {page} of 4 "),
+            2..22 | 39 | 40 => format!("page {page} of inode 4; "),
+            _ => "\0".to_owned(),
+        };
+        assert!(found.starts_with(expect.as_bytes()), "page {page}");
+    }
+    assert!(fs::read(dest.join("base/moved-up/all old")).unwrap().starts_with(b"old page 0 of 3 "));
+    assert_eq!(fs::read(dest.join("pg_wal/000000010000000000000002")).unwrap(), sample_wal());
+    assert_eq!(fs::read(dest.join("empty")).unwrap(), b"");
+    assert_eq!(fs::metadata(dest.join("short")).unwrap().mtime_nsec(), 6, "times are carried");
+}
+
 /// Every byte of an object is under some checksum.
 #[tokio::test]
 async fn a_changed_byte_anywhere_is_found_and_leaves_nothing() {
