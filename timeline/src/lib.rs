@@ -17,4 +17,4 @@ pub mod service;
 pub mod state;
 
 pub use error::{Error, Refusal, Result};
-pub use service::{AwakeUnit, FoundEndpoint, Service, ServiceConfig};
+pub use service::{Answer, AwakeUnit, Caller, FoundEndpoint, MIN_FREE_BYTES, Service, ServiceConfig};

@@ -358,6 +358,16 @@ pub struct RolledBack {
     pub rescue: Branch,
 }
 
+/// Answer to `POST …/rollback`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum RollbackAnswer {
+    /// It was done.
+    Done(Box<RolledBack>),
+    /// With `plan`: it was only told.
+    Planned(RollbackPlan),
+}
+
 /// Answer to `GET …/ledger`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct LedgerEntries {

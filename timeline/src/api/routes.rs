@@ -1,0 +1,285 @@
+//! The routes: each hands its request to one method of the service.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
+use utoipa::{IntoParams, OpenApi};
+
+use super::call::{Act, Fault, Who};
+use super::types::*;
+use crate::Service;
+use crate::service::Answer;
+
+type Node = State<Arc<Service>>;
+type Answered<T> = Result<(StatusCode, Json<T>), Fault>;
+
+/// What was made now is 201; what the same request had made before is 200.
+fn made<T>(answer: Answer<T>) -> Answered<T> {
+    Ok((if answer.new { StatusCode::CREATED } else { StatusCode::OK }, Json(answer.value)))
+}
+
+fn done<T>(value: T) -> Answered<T> {
+    Ok((StatusCode::OK, Json(value)))
+}
+
+/// The OpenAPI description of all routes.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Ebb",
+        description = "The timeline API: projects, branches, checkpoints, releases, computes, ledgers."
+    ),
+    paths(
+        health,
+        list_projects,
+        create_project,
+        show_project,
+        list_branches,
+        create_branch,
+        show_branch,
+        change_branch,
+        delete_branch,
+        restore_branch,
+        list_checkpoints,
+        create_checkpoint,
+        delete_checkpoint,
+        show_url,
+        show_compute,
+        suspend_compute,
+        wake_compute,
+        export,
+        list_releases,
+        create_release,
+        list_ledger,
+        verify_ledger,
+        delete_project,
+        rollback,
+    )
+)]
+pub(super) struct Description;
+
+/// Query of `DELETE /v1/projects/{project}`.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Confirm {
+    /// The project's name once more.
+    confirm: Option<String>,
+}
+
+/// How the service is.
+#[utoipa::path(get, path = "/v1/health", responses((status = 200, body = Health)))]
+pub(super) async fn health() -> Json<Health> {
+    Json(Health { version: env!("CARGO_PKG_VERSION").to_owned(), ok: true })
+}
+
+/// All projects.
+#[utoipa::path(get, path = "/v1/projects", responses((status = 200, body = ProjectList), (status = "default", body = Problem)))]
+pub(super) async fn list_projects(State(service): Node) -> Answered<ProjectList> {
+    done(ProjectList { projects: service.projects().await? })
+}
+
+/// Makes a project with `prod` and `dev`.
+#[utoipa::path(post, path = "/v1/projects", request_body = CreateProject, responses((status = 201, body = CreatedProject), (status = "default", body = Problem)))]
+pub(super) async fn create_project(
+    State(service): Node,
+    Act { caller, body }: Act<CreateProject>,
+) -> Answered<CreatedProject> {
+    made(service.create_project(&caller, body).await?)
+}
+
+/// One project.
+#[utoipa::path(get, path = "/v1/projects/{project}", params(("project" = String, Path)), responses((status = 200, body = Project), (status = "default", body = Problem)))]
+pub(super) async fn show_project(State(service): Node, Path(project): Path<String>) -> Answered<Project> {
+    done(service.project_info(&project).await?)
+}
+
+/// All branches of a project.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches", params(("project" = String, Path)), responses((status = 200, body = BranchList), (status = "default", body = Problem)))]
+pub(super) async fn list_branches(State(service): Node, Path(project): Path<String>) -> Answered<BranchList> {
+    done(BranchList { branches: service.branches(&project).await? })
+}
+
+/// Makes a branch from a point of another.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches", params(("project" = String, Path)), request_body = CreateBranch, responses((status = 201, body = Branch), (status = "default", body = Problem)))]
+pub(super) async fn create_branch(
+    State(service): Node,
+    Path(project): Path<String>,
+    Act { caller, body }: Act<CreateBranch>,
+) -> Answered<Branch> {
+    made(service.create_branch(&caller, &project, body).await?)
+}
+
+/// One branch.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches/{branch}", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = Branch), (status = "default", body = Problem)))]
+pub(super) async fn show_branch(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+) -> Answered<Branch> {
+    done(service.branch(&project, &branch).await?)
+}
+
+/// Changes a branch's policy.
+#[utoipa::path(patch, path = "/v1/projects/{project}/branches/{branch}", params(("project" = String, Path), ("branch" = String, Path)), request_body = ChangeBranch, responses((status = 200, body = Branch), (status = "default", body = Problem)))]
+pub(super) async fn change_branch(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Act { caller, body }: Act<ChangeBranch>,
+) -> Answered<Branch> {
+    done(service.change_branch(&caller, &project, &branch, body).await?)
+}
+
+/// Deletes a branch and its checkpoints.
+#[utoipa::path(delete, path = "/v1/projects/{project}/branches/{branch}", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 204), (status = "default", body = Problem)))]
+pub(super) async fn delete_branch(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Who(caller): Who,
+) -> Result<StatusCode, Fault> {
+    service.delete_branch(&caller, &project, &branch).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Sets a branch to one of its checkpoints; the old head becomes a rescue branch.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches/{branch}/restore", params(("project" = String, Path), ("branch" = String, Path)), request_body = RestoreBranch, responses((status = 200, body = Restored), (status = "default", body = Problem)))]
+pub(super) async fn restore_branch(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Act { caller, body }: Act<RestoreBranch>,
+) -> Answered<Restored> {
+    done(service.restore(&caller, &project, &branch, body).await?.value)
+}
+
+/// All checkpoints of a branch.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches/{branch}/checkpoints", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = CheckpointList), (status = "default", body = Problem)))]
+pub(super) async fn list_checkpoints(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+) -> Answered<CheckpointList> {
+    done(CheckpointList { checkpoints: service.checkpoints(&project, &branch).await? })
+}
+
+/// Names the head of a branch.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches/{branch}/checkpoints", params(("project" = String, Path), ("branch" = String, Path)), request_body = CreateCheckpoint, responses((status = 201, body = Checkpoint), (status = "default", body = Problem)))]
+pub(super) async fn create_checkpoint(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Act { caller, body }: Act<CreateCheckpoint>,
+) -> Answered<Checkpoint> {
+    made(service.create_checkpoint(&caller, &project, &branch, body).await?)
+}
+
+/// Takes a checkpoint's name away.
+#[utoipa::path(delete, path = "/v1/projects/{project}/branches/{branch}/checkpoints/{checkpoint}", params(("project" = String, Path), ("branch" = String, Path), ("checkpoint" = String, Path)), responses((status = 204), (status = "default", body = Problem)))]
+pub(super) async fn delete_checkpoint(
+    State(service): Node,
+    Path((project, branch, checkpoint)): Path<(String, String, String)>,
+    Who(caller): Who,
+) -> Result<StatusCode, Fault> {
+    service.delete_checkpoint(&caller, &project, &branch, &checkpoint).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Connection URLs with the owner's password. Leaves a receipt.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches/{branch}/url", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = BranchUrl), (status = "default", body = Problem)))]
+pub(super) async fn show_url(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Who(caller): Who,
+) -> Answered<BranchUrl> {
+    done(service.branch_url(&caller, &project, &branch).await?)
+}
+
+/// How a compute is, who uses it, and what keeps it awake.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches/{branch}/compute", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = Compute), (status = "default", body = Problem)))]
+pub(super) async fn show_compute(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+) -> Answered<Compute> {
+    done(service.compute(&project, &branch).await?)
+}
+
+/// Suspends a compute now.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches/{branch}/compute/suspend", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = Compute), (status = "default", body = Problem)))]
+pub(super) async fn suspend_compute(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Who(caller): Who,
+) -> Answered<Compute> {
+    done(service.suspend_compute(&caller, &project, &branch).await?)
+}
+
+/// Wakes a compute now.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches/{branch}/compute/wake", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = Compute), (status = "default", body = Problem)))]
+pub(super) async fn wake_compute(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Who(caller): Who,
+) -> Answered<Compute> {
+    done(service.wake_compute(&caller, &project, &branch).await?)
+}
+
+/// Writes a point out as a plain data directory.
+#[utoipa::path(post, path = "/v1/projects/{project}/branches/{branch}/export", params(("project" = String, Path), ("branch" = String, Path)), request_body = Export, responses((status = 200, body = Exported), (status = "default", body = Problem)))]
+pub(super) async fn export(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+    Act { caller, body }: Act<Export>,
+) -> Answered<Exported> {
+    done(service.export(&caller, &project, &branch, body).await?.value)
+}
+
+/// All releases, oldest first.
+#[utoipa::path(get, path = "/v1/projects/{project}/releases", params(("project" = String, Path)), responses((status = 200, body = ReleaseList), (status = "default", body = Problem)))]
+pub(super) async fn list_releases(State(service): Node, Path(project): Path<String>) -> Answered<ReleaseList> {
+    done(ReleaseList { releases: service.releases(&project).await? })
+}
+
+/// Deploys an artifact on `prod`.
+#[utoipa::path(post, path = "/v1/projects/{project}/releases", params(("project" = String, Path)), request_body = CreateRelease, responses((status = 201, body = Release), (status = "default", body = Problem)))]
+pub(super) async fn create_release(
+    State(service): Node,
+    Path(project): Path<String>,
+    Act { caller, body }: Act<CreateRelease>,
+) -> Answered<Release> {
+    made(service.create_release(&caller, &project, body).await?)
+}
+
+/// All receipts, oldest first.
+#[utoipa::path(get, path = "/v1/projects/{project}/ledger", params(("project" = String, Path)), responses((status = 200, body = LedgerEntries), (status = "default", body = Problem)))]
+pub(super) async fn list_ledger(State(service): Node, Path(project): Path<String>) -> Answered<LedgerEntries> {
+    done(LedgerEntries { entries: service.ledger_entries(&project).await? })
+}
+
+/// Checks the ledger from its first entry on.
+#[utoipa::path(get, path = "/v1/projects/{project}/ledger/verify", params(("project" = String, Path)), responses((status = 200, body = LedgerVerdict), (status = "default", body = Problem)))]
+pub(super) async fn verify_ledger(State(service): Node, Path(project): Path<String>) -> Answered<LedgerVerdict> {
+    done(service.ledger_verdict(&project).await?)
+}
+
+/// Deletes a project.
+#[utoipa::path(delete, path = "/v1/projects/{project}", params(("project" = String, Path), Confirm), responses((status = 204), (status = "default", body = Problem)))]
+pub(super) async fn delete_project(
+    State(service): Node,
+    Path(project): Path<String>,
+    Query(query): Query<Confirm>,
+    Who(caller): Who,
+) -> Result<StatusCode, Fault> {
+    service.delete_project(&caller, &project, query.confirm.as_deref()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes code and data back to a release, or with `plan` only tells what that would do.
+#[utoipa::path(post, path = "/v1/projects/{project}/rollback", params(("project" = String, Path)), request_body = Rollback, responses((status = 200, body = inline(RollbackAnswer)), (status = "default", body = Problem)))]
+pub(super) async fn rollback(
+    State(service): Node,
+    Path(project): Path<String>,
+    Act { caller, body }: Act<Rollback>,
+) -> Answered<RollbackAnswer> {
+    if body.plan {
+        return done(RollbackAnswer::Planned(service.plan_rollback(&project, &body.to).await?));
+    }
+    done(RollbackAnswer::Done(Box::new(service.rollback(&caller, &project, &body.to).await?.value)))
+}

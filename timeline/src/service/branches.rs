@@ -1,0 +1,276 @@
+//! Branches and their checkpoints, as the API asks for them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ebb_types::{BranchId, LayerId, Lsn, Point};
+
+use super::views::{checkpoint_view, known_since, seconds_to_ms};
+use super::{Answer, Caller, Project, Service};
+use crate::api::types as api;
+use crate::decide::{Ask, PROD};
+use crate::event::Plan;
+use crate::machine::Compute;
+use crate::{Refusal, Result};
+
+/// An act's plan is of another kind than was asked for: its key was used for another act.
+fn other_act(plan: &Plan) -> crate::Error {
+    Refusal::TooLate(format!("the operation is a {}", plan.act())).into()
+}
+
+/// Reads a point as a request writes it.
+fn parse_point(text: &str) -> Result<Point> {
+    text.parse().map_err(|invalid: ebb_types::InvalidName| Refusal::Invalid(invalid.to_string()).into())
+}
+
+impl Service {
+    /// All branches of a project, `prod` first.
+    ///
+    /// # Errors
+    /// If there is no such project.
+    pub async fn branches(&self, project: &str) -> Result<Vec<api::Branch>> {
+        let project = self.project(project)?;
+        self.branch_views(&project, &project.ledger.state())
+    }
+
+    /// One branch.
+    ///
+    /// # Errors
+    /// `NotFound` with the nearest names.
+    pub async fn branch(&self, project: &str, branch: &str) -> Result<api::Branch> {
+        let project = self.project(project)?;
+        let state = project.ledger.state();
+        let (id, _) = state.branch(branch)?;
+        self.branch_view(&project, &state, id)
+    }
+
+    /// Makes a branch from a point.
+    ///
+    /// # Errors
+    /// If the source or point does not exist, or the name is taken.
+    pub async fn create_branch(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        request: api::CreateBranch,
+    ) -> Result<Answer<api::Branch>> {
+        let project = self.project(project)?;
+        let (from, point) = match request.from {
+            Some(from) if from.at.project != project.name => {
+                let why = format!("a branch of {:?} cannot be made from one of {:?}", project.name, from.at.project);
+                return Err(Refusal::Invalid(why).into());
+            }
+            Some(from) => (from.at.branch, from.point),
+            None => (PROD.parse().map_err(|_| Refusal::Invalid("no branch".to_owned()))?, Point::Head),
+        };
+        let acted = self.act(&project, caller, Ask::CreateBranch { name: request.name, from, point }).await?;
+        match acted.plan {
+            Plan::CreateBranch { branch, .. } => {
+                let value = self.branch_view(&project, &project.ledger.state(), branch)?;
+                Ok(Answer { value, new: acted.new })
+            }
+            plan => Err(other_act(&plan)),
+        }
+    }
+
+    /// Changes a branch's policy.
+    ///
+    /// # Errors
+    /// If there is no such branch, or the value makes no sense.
+    pub async fn change_branch(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+        request: api::ChangeBranch,
+    ) -> Result<api::Branch> {
+        let project = self.project(project)?;
+        let idle_suspend_ms = seconds_to_ms(request.idle_suspend_seconds)?;
+        self.act(&project, caller, Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms }).await?;
+        let state = project.ledger.state();
+        let (id, _) = state.branch(branch)?;
+        self.branch_view(&project, &state, id)
+    }
+
+    /// Deletes a branch, its checkpoints, and what this node has of it.
+    ///
+    /// # Errors
+    /// If it is `prod`, a rescue branch before its date, or busy.
+    pub async fn delete_branch(self: &Arc<Self>, caller: &Caller, project: &str, branch: &str) -> Result<()> {
+        let project = self.project(project)?;
+        self.act(&project, caller, Ask::DeleteBranch { branch: branch.to_owned() }).await?;
+        Ok(())
+    }
+
+    /// Sets a branch to one of its checkpoints; the old head becomes a rescue branch.
+    ///
+    /// # Errors
+    /// If there is no such branch or checkpoint, or it is busy.
+    pub async fn restore(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+        request: api::RestoreBranch,
+    ) -> Result<Answer<api::Restored>> {
+        let project = self.project(project)?;
+        let ask = Ask::Restore { branch: branch.to_owned(), to: parse_point(&request.to)? };
+        let acted = self.act(&project, caller, ask).await?;
+        match acted.plan {
+            Plan::Restore { branch, rescue, .. } => {
+                let state = project.ledger.state();
+                let value = api::Restored {
+                    branch: self.branch_view(&project, &state, branch)?,
+                    rescue: self.branch_view(&project, &state, rescue.branch)?,
+                };
+                Ok(Answer { value, new: acted.new })
+            }
+            plan => Err(other_act(&plan)),
+        }
+    }
+
+    /// All checkpoints of a branch, oldest first.
+    ///
+    /// # Errors
+    /// If there is no such branch.
+    pub async fn checkpoints(&self, project: &str, branch: &str) -> Result<Vec<api::Checkpoint>> {
+        let state = self.project(project)?.ledger.state();
+        let (_, branch) = state.branch(branch)?;
+        Ok(branch.checkpoints.iter().map(|checkpoint| checkpoint_view(branch, checkpoint)).collect())
+    }
+
+    /// Names the head of a branch.
+    ///
+    /// # Errors
+    /// If there is no such branch, or the name is taken.
+    pub async fn create_checkpoint(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+        request: api::CreateCheckpoint,
+    ) -> Result<Answer<api::Checkpoint>> {
+        let project = self.project(project)?;
+        let ask = Ask::CreateCheckpoint { branch: branch.to_owned(), name: request.name };
+        let acted = self.act(&project, caller, ask).await?;
+        match acted.plan {
+            Plan::CreateCheckpoint { branch, name, .. } => {
+                let state = project.ledger.state();
+                let branch = state.branch_by_id(branch)?;
+                let value = checkpoint_view(branch, branch.checkpoint(name.as_str())?);
+                Ok(Answer { value, new: acted.new })
+            }
+            plan => Err(other_act(&plan)),
+        }
+    }
+
+    /// Takes a checkpoint's name away.
+    ///
+    /// # Errors
+    /// If there is none, or a release needs it.
+    pub async fn delete_checkpoint(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+        name: &str,
+    ) -> Result<()> {
+        let project = self.project(project)?;
+        let ask = Ask::DeleteCheckpoint { branch: branch.to_owned(), name: name.to_owned() };
+        self.act(&project, caller, ask).await?;
+        Ok(())
+    }
+
+    /// Writes a point out as a plain data directory.
+    ///
+    /// # Errors
+    /// If there is no such point, or the directory is not empty.
+    pub async fn export(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+        request: api::Export,
+    ) -> Result<Answer<api::Exported>> {
+        let project = self.project(project)?;
+        let point = request.point.as_deref().map_or(Ok(Point::Head), parse_point)?;
+        if !request.dir.is_absolute() {
+            return Err(Refusal::Invalid(format!("the path {:?} is not absolute", request.dir)).into());
+        }
+        let acted =
+            self.act(&project, caller, Ask::Export { branch: branch.to_owned(), point, dir: request.dir }).await?;
+        match acted.plan {
+            Plan::Export { dir, .. } => {
+                let value = api::Exported { bytes: exported_bytes(dir.clone()).await?, dir };
+                Ok(Answer { value, new: acted.new })
+            }
+            plan => Err(other_act(&plan)),
+        }
+    }
+
+    /// How a branch's compute is, and who uses it.
+    ///
+    /// # Errors
+    /// If there is no such branch.
+    pub async fn compute(&self, project: &str, branch: &str) -> Result<api::Compute> {
+        let project = self.project(project)?;
+        let (id, created_at) = project.ledger.state().branch(branch).map(|(id, branch)| (id, branch.created_at))?;
+        let (state, since, keeps_awake, wakes, running) = {
+            let cell = project.cell(id);
+            let inner = cell.inner.lock();
+            let since = known_since(inner.since_time, created_at);
+            let running = matches!(inner.compute, Compute::Active(_));
+            (inner.compute.as_str().to_owned(), since, inner.keeps_awake.clone(), inner.wakes, running)
+        };
+        let unit = if running { self.node.status(id).await } else { None };
+        Ok(api::Compute { state, since, unit, sessions: self.clients.sessions(id), keeps_awake, wakes })
+    }
+
+    /// Suspends a branch's compute now. Suspending one that sleeps changes nothing.
+    ///
+    /// # Errors
+    /// If sessions that cannot be set aside keep it awake.
+    pub async fn suspend_compute(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        branch: &str,
+    ) -> Result<api::Compute> {
+        let found = self.project(project)?;
+        self.act(&found, caller, Ask::Suspend { branch: branch.to_owned() }).await?;
+        self.compute(project, branch).await
+    }
+
+    /// Wakes a branch's compute now.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub async fn wake_compute(self: &Arc<Self>, caller: &Caller, project: &str, branch: &str) -> Result<api::Compute> {
+        let found = self.project(project)?;
+        self.act(&found, caller, Ask::Wake { branch: branch.to_owned() }).await?;
+        self.compute(project, branch).await
+    }
+
+    /// End of WAL of a branch's head, as far as that is cheaply known.
+    pub(super) async fn end_of_wal(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        sealed: Option<LayerId>,
+    ) -> Result<Option<Lsn>> {
+        if matches!(project.cell(branch).inner.lock().compute, Compute::Active(_)) {
+            return Ok(self.node.status(branch).await.and_then(|status| status.wal_end));
+        }
+        let head = match sealed {
+            Some(layer) => layer,
+            None => project.line(branch)?.head,
+        };
+        Ok(self.node.redo(head).await)
+    }
+}
+
+async fn exported_bytes(dir: PathBuf) -> Result<u64> {
+    tokio::task::spawn_blocking(move || crate::files::tree_bytes(&dir))
+        .await
+        .map_err(|_| crate::Error::Lost("counting an export"))?
+}

@@ -1,0 +1,510 @@
+//! Computes of branches: one wake for any number of callers, suspending, and noticing that one is gone.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ebb_types::{BranchId, LayerId, Timestamp};
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use parking_lot::Mutex;
+
+use super::{Project, Service};
+use crate::clients::{SessionRow, SharedClients};
+use crate::decide::Command;
+use crate::machine::{Compute, ComputeEvent, Serving};
+use crate::node::Start;
+use crate::{Error, Refusal, Result};
+
+/// LIMIT: setting idle sessions aside takes one query each; one that does not answer by then is not idle.
+const IDLE_FENCE_MAX: Duration = Duration::from_secs(3);
+
+/// LIMIT: longer than a checkpoint of an ordinary database, shorter than a client's patience with an API call.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// A compute that answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AwakeUnit {
+    /// Counts the computes of this branch since the service started.
+    pub generation: u64,
+    /// The Unix socket of its Postgres.
+    pub socket: PathBuf,
+}
+
+impl From<&Serving> for AwakeUnit {
+    fn from(serving: &Serving) -> Self {
+        Self { generation: serving.generation, socket: serving.socket.clone() }
+    }
+}
+
+type SharedWake = Shared<BoxFuture<'static, Result<AwakeUnit, Arc<Error>>>>;
+
+/// One branch on this node.
+#[derive(Debug, Default)]
+pub(super) struct Cell {
+    /// Held by whoever seals, starts, stops, moves or deletes the branch.
+    pub ops: Arc<tokio::sync::Mutex<()>>,
+    pub inner: Mutex<Inner>,
+}
+
+/// What is known of a branch's compute.
+pub(super) struct Inner {
+    pub compute: Compute,
+    /// When it came into that state.
+    pub since: Instant,
+    pub since_time: Timestamp,
+    pub generation: u64,
+    pub wakes: u64,
+    /// What kept it from being suspended, when that was last tried.
+    pub keeps_awake: Vec<String>,
+    /// Do not try to suspend before.
+    pub retry_at: Option<Instant>,
+    /// The wake that is under way.
+    wake: Option<SharedWake>,
+    /// The volume holds nothing beyond the recorded head (it was stopped, sealed and recorded).
+    settled: bool,
+    /// A seal that could not be recorded yet: line and layer.
+    pub unrecorded: Option<(u64, LayerId)>,
+    /// The unit of this generation went away while it was being suspended.
+    lost: Option<u64>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("compute", &self.compute).finish_non_exhaustive()
+    }
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            compute: Compute::Suspended,
+            since: Instant::now(),
+            since_time: Timestamp::UNIX_EPOCH,
+            generation: 0,
+            wakes: 0,
+            keeps_awake: Vec::new(),
+            retry_at: None,
+            wake: None,
+            settled: false,
+            unrecorded: None,
+            lost: None,
+        }
+    }
+}
+
+impl Inner {
+    /// Every change of state goes through here.
+    fn step(&mut self, event: ComputeEvent, now: Timestamp) -> Result<()> {
+        let next = self.compute.next(event).map_err(|illegal| Refusal::TooLate(illegal.to_string()))?;
+        self.compute = next;
+        self.since = Instant::now();
+        self.since_time = now;
+        Ok(())
+    }
+}
+
+/// Lets the held clients of a branch go on, whatever happens.
+pub(super) struct Fence {
+    clients: SharedClients,
+    branch: BranchId,
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        self.clients.release(self.branch);
+    }
+}
+
+/// Forgets the wake that is under way, also if its task panics.
+struct WakeGuard(Arc<Cell>);
+
+impl Drop for WakeGuard {
+    fn drop(&mut self) {
+        self.0.inner.lock().wake = None;
+    }
+}
+
+impl Service {
+    /// Makes the branch's compute answer, waking it if need be; any number of calls make one wake.
+    ///
+    /// # Errors
+    /// The same for everyone who waited: no such branch, no room, Postgres did not start.
+    ///
+    /// # Cancel safety
+    /// Safe: a wake once begun goes on.
+    pub async fn wake(self: &Arc<Self>, branch: BranchId) -> Result<AwakeUnit> {
+        let project = self.project_of(branch)?;
+        let cell = project.cell(branch);
+        let wake = {
+            let mut inner = cell.inner.lock();
+            if let Compute::Active(serving) = &inner.compute {
+                return Ok(serving.into());
+            }
+            if self.stopping.is_cancelled() {
+                return Err(Error::Stopping);
+            }
+            match &inner.wake {
+                Some(wake) => wake.clone(),
+                None => {
+                    let wake = self.begin_wake(project, branch, cell.clone());
+                    inner.wake = Some(wake.clone());
+                    wake
+                }
+            }
+        };
+        wake.await.map_err(Error::Shared)
+    }
+
+    fn begin_wake(self: &Arc<Self>, project: Arc<Project>, branch: BranchId, cell: Arc<Cell>) -> SharedWake {
+        let service = self.clone();
+        let task = self.tasks.spawn(async move {
+            let _ops = cell.ops.clone().lock_owned().await;
+            let _forget = WakeGuard(cell.clone());
+            service.wake_locked(&project, branch, &cell).await
+        });
+        let outcome = task.map(|ended| match ended {
+            Ok(outcome) => outcome.map_err(Arc::new),
+            Err(_) => Err(Arc::new(Error::Lost("the wake"))),
+        });
+        outcome.boxed().shared()
+    }
+
+    /// Wakes with the branch's lock held.
+    pub(super) async fn wake_locked(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        branch: BranchId,
+        cell: &Arc<Cell>,
+    ) -> Result<AwakeUnit> {
+        if let Compute::Active(serving) = &cell.inner.lock().compute {
+            return Ok(serving.into());
+        }
+        let data = project.line(branch)?;
+        let start = {
+            let state = project.ledger.state();
+            let facts = state.facts()?;
+            Start { data, pg_major: facts.pg_major, verifier: facts.verifier.clone() }
+        };
+        self.check_disk()?;
+        let began = Instant::now();
+        cell.inner.lock().step(ComputeEvent::Wake, self.clock.now())?;
+        match self.node.start(&start).await {
+            Ok(socket) => {
+                let serving = {
+                    let mut inner = cell.inner.lock();
+                    inner.wakes += 1;
+                    self.serve(&mut inner, socket)?
+                };
+                metrics::counter!("ebb_timeline_wakes_total", "result" => "ok").increment(1);
+                metrics::histogram!("ebb_timeline_wake_seconds").record(began.elapsed());
+                tracing::info!(%branch, generation = serving.generation, "compute woken");
+                self.watch(project, branch, cell, serving.generation);
+                Ok((&serving).into())
+            }
+            Err(error) => {
+                cell.inner.lock().step(ComputeEvent::Failed, self.clock.now())?;
+                metrics::counter!("ebb_timeline_wakes_total", "result" => "failed").increment(1);
+                tracing::error!(%branch, error = error.chain(), "a wake failed");
+                Err(error)
+            }
+        }
+    }
+
+    /// A compute answers: a new generation.
+    fn serve(&self, inner: &mut Inner, socket: PathBuf) -> Result<Serving> {
+        let serving = Serving { generation: inner.generation + 1, socket };
+        inner.step(ComputeEvent::Ready(serving.clone()), self.clock.now())?;
+        inner.generation = serving.generation;
+        inner.settled = false;
+        inner.keeps_awake.clear();
+        inner.retry_at = None;
+        inner.lost = None;
+        self.changed.notify_one();
+        Ok(serving)
+    }
+
+    /// Finds the computes that outlived the last service.
+    pub(super) async fn adopt_computes(self: &Arc<Self>) {
+        for project in self.all_projects() {
+            for &branch in project.ledger.state().branches.keys() {
+                match self.node.adopt(branch).await {
+                    Ok(Some(socket)) => {
+                        let cell = project.cell(branch);
+                        let serving = self.serve(&mut cell.inner.lock(), socket);
+                        match serving {
+                            Ok(serving) => self.watch(&project, branch, &cell, serving.generation),
+                            Err(error) => self.report("adopting a compute", &error),
+                        }
+                        tracing::info!(%branch, "compute adopted");
+                    }
+                    Ok(None) => {}
+                    Err(error) => self.report("adopting a compute", &error),
+                }
+            }
+        }
+    }
+
+    /// Notices when a compute is gone without having been stopped.
+    fn watch(self: &Arc<Self>, project: &Arc<Project>, branch: BranchId, cell: &Arc<Cell>, generation: u64) {
+        let (service, cell, project) = (self.clone(), cell.clone(), project.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = service.node.gone(branch) => {}
+                () = service.stopping.cancelled() => return,
+            }
+            let mut inner = cell.inner.lock();
+            match &inner.compute {
+                Compute::Active(serving) if serving.generation == generation => {
+                    tracing::warn!(%branch, project = %project.name, generation, "a compute is gone");
+                    service.lost(&mut inner, branch, generation);
+                }
+                // Being stopped: whoever stops it finds out.
+                _ => inner.lost = Some(generation),
+            }
+        });
+    }
+
+    fn lost(&self, inner: &mut Inner, branch: BranchId, generation: u64) {
+        if inner.step(ComputeEvent::Lost { generation }, self.clock.now()).is_ok() {
+            inner.settled = false;
+            metrics::counter!("ebb_timeline_computes_lost_total").increment(1);
+            self.clients.lost(branch, generation);
+        }
+    }
+
+    /// Sets the clients of a branch aside.
+    pub(super) async fn fence(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        deadline: Duration,
+        end_rest: bool,
+    ) -> Result<Fence> {
+        match self.clients.fence(branch, deadline, end_rest).await {
+            Ok(()) => Ok(self.fence_held(branch)),
+            Err(rows) => {
+                let name = project.ledger.state().branch_by_id(branch)?.name.clone();
+                Err(Error::KeptAwake { branch: name, sessions: rows.iter().map(describe).collect() })
+            }
+        }
+    }
+
+    /// Sets the clients aside, stops the compute and seals, with the branch's lock held. The clients stay held as long
+    /// as the fence lives. The layer is `None` if the recorded head is all there is.
+    pub(super) async fn stop_locked(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        seal: LayerId,
+        deadline: Duration,
+        end_rest: bool,
+    ) -> Result<(Fence, Option<LayerId>)> {
+        let cell = project.cell(branch);
+        let data = project.line(branch)?;
+        let active = {
+            let mut inner = cell.inner.lock();
+            let active = matches!(inner.compute, Compute::Active(_));
+            if active {
+                inner.step(ComputeEvent::Suspend, self.clock.now())?;
+            }
+            active
+        };
+        let fence = match self.fence(project, branch, deadline, end_rest).await {
+            Ok(fence) => fence,
+            Err(error) => {
+                if active {
+                    self.keep_awake(&cell, branch, &error);
+                }
+                return Err(error);
+            }
+        };
+        if !active {
+            return Ok((fence, self.seal_locked(project, branch, seal).await?));
+        }
+        match self.node.stop(&data, seal).await {
+            Ok(layer) => {
+                let mut inner = cell.inner.lock();
+                inner.step(ComputeEvent::Stopped, self.clock.now())?;
+                inner.keeps_awake.clear();
+                Ok((fence, layer))
+            }
+            Err(error) => {
+                // Half stopped: look whether it is still there before anyone is told that it is.
+                match self.node.adopt(branch).await {
+                    Ok(Some(_)) => self.keep_awake(&cell, branch, &error),
+                    _ => {
+                        let mut inner = cell.inner.lock();
+                        let generation = inner.generation;
+                        self.lost(&mut inner, branch, generation);
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// It stays awake after all, unless it went away meanwhile.
+    fn keep_awake(&self, cell: &Cell, branch: BranchId, why: &Error) {
+        let mut inner = cell.inner.lock();
+        if inner.step(ComputeEvent::KeptAwake, self.clock.now()).is_err() {
+            return;
+        }
+        inner.keeps_awake = match why {
+            Error::KeptAwake { sessions, .. } => sessions.clone(),
+            other => vec![other.chain()],
+        };
+        if inner.lost == Some(inner.generation) {
+            let generation = inner.generation;
+            self.lost(&mut inner, branch, generation);
+        }
+    }
+
+    /// Seals the head, whether or not a compute runs, with the branch's lock held.
+    pub(super) async fn seal_locked(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        id: LayerId,
+    ) -> Result<Option<LayerId>> {
+        let cell = project.cell(branch);
+        if cell.inner.lock().settled {
+            return Ok(None);
+        }
+        self.node.seal(&project.line(branch)?, id).await
+    }
+
+    /// The recorded head is now all there is, if no compute runs.
+    pub(super) fn settle(&self, project: &Project, branch: BranchId) {
+        let cell = project.cell(branch);
+        let mut inner = cell.inner.lock();
+        if inner.compute == Compute::Suspended {
+            inner.settled = true;
+            inner.unrecorded = None;
+        }
+        drop(inner);
+        self.layers_changed.notify_one();
+    }
+
+    /// Ends the compute without sealing, with the branch's lock held.
+    pub(super) async fn discard_locked(&self, project: &Project, branch: BranchId) -> Result<()> {
+        let cell = project.cell(branch);
+        {
+            let mut inner = cell.inner.lock();
+            if matches!(inner.compute, Compute::Active(_)) {
+                inner.step(ComputeEvent::Suspend, self.clock.now())?;
+            }
+        }
+        let outcome = self.node.discard(branch).await;
+        let mut inner = cell.inner.lock();
+        if matches!(inner.compute, Compute::Suspending(_)) {
+            let event = if outcome.is_ok() { ComputeEvent::Stopped } else { ComputeEvent::KeptAwake };
+            inner.step(event, self.clock.now())?;
+        }
+        outcome
+    }
+
+    /// A fence that was raised already.
+    pub(super) fn fence_held(&self, branch: BranchId) -> Fence {
+        Fence { clients: self.clients.clone(), branch }
+    }
+
+    /// Waits for a branch's lock.
+    pub(super) async fn lock(&self, cell: &Cell) -> Result<tokio::sync::OwnedMutexGuard<()>> {
+        tokio::time::timeout(LOCK_WAIT_MAX, cell.ops.clone().lock_owned())
+            .await
+            .map_err(|_| Error::Deadline("waiting for another act on the branch"))
+    }
+
+    /// Suspends a compute for idleness, unless something else is going on with the branch or its clients object.
+    pub(super) async fn suspend_idle(&self, project: &Arc<Project>, branch: BranchId) -> Result<()> {
+        let cell = project.cell(branch);
+        let Ok(_ops) = cell.ops.clone().try_lock_owned() else {
+            return Ok(());
+        };
+        if !self.is_idle(project, branch, &cell) {
+            return Ok(());
+        }
+        self.check_disk()?;
+        self.suspend_locked(project, branch, IDLE_FENCE_MAX, false).await
+    }
+
+    /// Stops a compute, records its seal, lets its clients go on (their next message wakes it again).
+    pub(super) async fn suspend_locked(
+        &self,
+        project: &Arc<Project>,
+        branch: BranchId,
+        deadline: Duration,
+        end_rest: bool,
+    ) -> Result<()> {
+        let line = project.line(branch)?.line;
+        let stopped = self.stop_locked(project, branch, LayerId::generate(), deadline, end_rest).await;
+        let result = if stopped.is_ok() { "ok" } else { "refused" };
+        metrics::counter!("ebb_timeline_suspends_total", "result" => result).increment(1);
+        let (_fence, layer) = stopped?;
+        tracing::info!(%branch, "compute suspended");
+        if let Some(layer) = layer {
+            // The compute is stopped whether or not the bucket can be reached now: the record is made up for later.
+            project.cell(branch).inner.lock().unrecorded = Some((line, layer));
+            self.record_seal(project, branch).await?;
+        } else {
+            self.settle(project, branch);
+        }
+        Ok(())
+    }
+
+    /// Records a seal that is not recorded yet, with the branch's lock held.
+    pub(super) async fn record_seal(&self, project: &Project, branch: BranchId) -> Result<()> {
+        let Some((line, layer)) = project.cell(branch).inner.lock().unrecorded else {
+            return Ok(());
+        };
+        let command = Command::Sealed { branch, line, layer };
+        project.ledger.append("ebb", None, |state| Ok((crate::decide::decide(state, &command)?, ()))).await?;
+        project.cell(branch).inner.lock().unrecorded = None;
+        self.settle(project, branch);
+        Ok(())
+    }
+
+    /// Suspends every compute, within the deadline as far as that is possible; the rest goes on and is adopted by the
+    /// next service. After this the service takes on no more work.
+    pub async fn suspend_all(self: &Arc<Self>, deadline: Duration) {
+        let until = Instant::now() + deadline;
+        let mut suspensions = Vec::new();
+        for project in self.all_projects() {
+            for &branch in project.ledger.state().branches.keys() {
+                if !matches!(project.cell(branch).inner.lock().compute, Compute::Suspended) {
+                    suspensions.push(self.suspend_by(project.clone(), branch, until));
+                }
+            }
+        }
+        let all = futures::future::join_all(suspensions);
+        if tokio::time::timeout(deadline, all).await.is_err() {
+            tracing::warn!("some computes did not stop in time; they go on until the next start finds them");
+        }
+        self.stopping.cancel();
+        self.tasks.close();
+        // LIMIT: what is under way is only finishing its last steps; whatever is not is recovered at the next start.
+        let rest = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        if tokio::time::timeout(rest, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "some work did not end in time");
+        }
+    }
+
+    async fn suspend_by(self: &Arc<Self>, project: Arc<Project>, branch: BranchId, until: Instant) {
+        let cell = project.cell(branch);
+        let _ops = cell.ops.clone().lock_owned().await;
+        if !matches!(cell.inner.lock().compute, Compute::Active(_)) {
+            return;
+        }
+        let rest = until.saturating_duration_since(Instant::now());
+        if let Err(error) = self.suspend_locked(&project, branch, rest, true).await {
+            self.report("suspending a compute", &error);
+        }
+    }
+}
+
+/// One line about a session that keeps a compute awake.
+fn describe(row: &SessionRow) -> String {
+    let reason = row.reason.as_deref().unwrap_or(&row.state);
+    format!("connection {} of {}@{} from {}: {reason}", row.conn, row.role, row.database, row.peer)
+}

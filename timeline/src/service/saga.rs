@@ -1,0 +1,376 @@
+//! Carries operations out, step by step, each recorded; gives them up; takes them up again after a crash.
+//!
+//! ```text
+//!   begin (entry: the whole plan) ─► step (effect, then entry) ─► … ─► last step's entry says done
+//!                 │                      │ fails before the point of no return
+//!                 │                      └─► undone (entry: why)
+//!                 └─ replayed key: answered from the plan, nothing happens
+//! ```
+//!
+//! What each act's steps are, and which one is its point of no return, stands at [`Plan::steps`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ebb_types::{BranchId, LayerId, OperationId, ReleaseId};
+
+use super::compute::Fence;
+use super::{Caller, Project, Service};
+use crate::decide::{Ask, Command, Found, Fresh, decide};
+use crate::event::{Event, Plan, Step};
+use crate::machine::Phase;
+use crate::state::Operation;
+use crate::{Error, Refusal, Result};
+
+/// LIMIT: how long open transactions may go on before a restore or rollback ends them.
+const FENCE_MAX: Duration = Duration::from_secs(10);
+
+/// LIMIT: deleting a branch waits for nobody's transaction.
+const DELETE_FENCE_MAX: Duration = Duration::from_millis(500);
+
+/// LIMIT: steps after the point of no return fail only for want of disk or bucket; a few tries bridge a hiccup, the
+/// reconciler goes on later.
+const COMMITTED_TRIES: u32 = 3;
+
+/// What became of an act.
+#[derive(Debug, Clone)]
+pub(super) struct Acted {
+    /// Its plan: the answer is found by what is named in it.
+    pub plan: Plan,
+    /// `false`: the same request was carried out before.
+    pub new: bool,
+}
+
+enum Begun {
+    New { plan: Plan },
+    Replay { op: OperationId, plan: Plan },
+}
+
+/// An operation is being driven as long as this lives.
+struct Driven<'a> {
+    project: &'a Project,
+    op: OperationId,
+}
+
+impl<'a> Driven<'a> {
+    fn new(project: &'a Project, op: OperationId) -> Self {
+        project.driven.lock().insert(op);
+        Self { project, op }
+    }
+}
+
+impl Drop for Driven<'_> {
+    fn drop(&mut self) {
+        self.project.driven.lock().remove(&self.op);
+    }
+}
+
+impl Service {
+    /// Carries out an act, in a task of its own.
+    pub(super) async fn act(self: &Arc<Self>, project: &Arc<Project>, caller: &Caller, ask: Ask) -> Result<Acted> {
+        let (service, project, caller) = (self.clone(), project.clone(), caller.clone());
+        self.tracked("the act", async move { service.act_here(&project, &caller, ask).await }).await
+    }
+
+    async fn act_here(self: &Arc<Self>, project: &Arc<Project>, caller: &Caller, ask: Ask) -> Result<Acted> {
+        if let Some(replay) = self.replay(project, caller)? {
+            return Ok(replay);
+        }
+        let _ops = match held_by(project, &ask)? {
+            Some(branch) => Some(self.lock(&project.cell(branch)).await?),
+            None => None,
+        };
+        if !matches!(ask, Ask::ShowUrl { .. } | Ask::DeleteBranch { .. } | Ask::DeleteCheckpoint { .. }) {
+            self.check_disk()?;
+        }
+        let op = OperationId::generate();
+        let _driven = Driven::new(project, op);
+        let command = Command::Begin { ask, fresh: self.fresh(), key: caller.key.clone() };
+        let begun = project
+            .ledger
+            .append(&caller.actor, Some(op), |state| {
+                if let Some(key) = &caller.key
+                    && let Some(used) = state.key(key)?
+                {
+                    return Ok((Vec::new(), Begun::Replay { op: used.op, plan: used.plan.clone() }));
+                }
+                let events = decide(state, &command)?;
+                let plan = events.iter().find_map(|event| match event {
+                    Event::OperationBegun { plan, .. } => Some(plan.clone()),
+                    _ => None,
+                });
+                let plan = plan.ok_or(Error::Lost("the decision"))?;
+                Ok((events, Begun::New { plan }))
+            })
+            .await?;
+        match begun {
+            Begun::Replay { op, plan } => self.replayed(project, caller, op, plan),
+            Begun::New { plan } => {
+                self.drive(project, op).await?;
+                count(&plan, "done");
+                Ok(Acted { plan, new: true })
+            }
+        }
+    }
+
+    /// The answer to a request that was carried out before.
+    fn replay(&self, project: &Project, caller: &Caller) -> Result<Option<Acted>> {
+        let state = project.ledger.state();
+        let Some(key) = &caller.key else {
+            return Ok(None);
+        };
+        match state.key(key)? {
+            Some(used) => self.replayed(project, caller, used.op, used.plan.clone()).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn replayed(&self, project: &Project, caller: &Caller, op: OperationId, plan: Plan) -> Result<Acted> {
+        if project.ledger.state().operations.contains_key(&op) {
+            let key = caller.key.as_ref().map(|key| key.key.clone()).unwrap_or_default();
+            return Err(Refusal::StillRunning { key, operation: op.to_string() }.into());
+        }
+        Ok(Acted { plan, new: false })
+    }
+
+    pub(super) fn fresh(&self) -> Fresh {
+        Fresh {
+            now: self.clock.now(),
+            branch: BranchId::generate(),
+            layer: LayerId::generate(),
+            release: ReleaseId::generate(),
+        }
+    }
+
+    /// Carries an operation on to its end, with its branch's lock held.
+    ///
+    /// # Errors
+    /// What made it fail. It is then undone; or, past its point of no return, left for the reconciler.
+    pub(super) async fn drive(self: &Arc<Self>, project: &Arc<Project>, op: OperationId) -> Result<()> {
+        let _driven = Driven::new(project, op);
+        let mut fence = None;
+        let mut tries = 0;
+        loop {
+            let state = project.ledger.state();
+            let Some(operation) = state.operations.get(&op) else {
+                break;
+            };
+            let Some(step) = operation.next_step() else {
+                break;
+            };
+            let Err(error) = self.do_step(project, op, operation, step, &mut fence).await else {
+                tries = 0;
+                continue;
+            };
+            tries += 1;
+            match self.undo(project, op, error.chain()).await {
+                Ok(()) => {
+                    count(&operation.plan, "undone");
+                    return Err(error);
+                }
+                // Past the point of no return (the entry may have been written although its append failed).
+                Err(Error::Refused(_)) if tries < COMMITTED_TRIES => {}
+                Err(Error::Refused(_)) => {
+                    let act = operation.plan.act();
+                    tracing::error!(%op, act, error = error.chain(), "an operation's last steps failed");
+                    return Err(Error::Unfinished { act, operation: op, source: Box::new(error) });
+                }
+                // The bucket cannot be reached: the reconciler decides when it can.
+                Err(_) => return Err(error),
+            }
+        }
+        drop(fence);
+        self.changed.notify_one();
+        self.layers_changed.notify_one();
+        Ok(())
+    }
+
+    async fn do_step(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        op: OperationId,
+        operation: &Operation,
+        step: Step,
+        fence: &mut Option<Fence>,
+    ) -> Result<()> {
+        let found = self.perform(project, &operation.plan, step, fence).await?;
+        let command = Command::Step { op, step, found };
+        project.ledger.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
+        if let (Some(branch), Some(_)) = (operation.plan.holds(), found.sealed) {
+            self.settle(project, branch);
+        }
+        tracing::info!(%op, act = operation.plan.act(), ?step, "step done");
+        Ok(())
+    }
+
+    async fn undo(&self, project: &Project, op: OperationId, why: String) -> Result<()> {
+        let command = Command::Undo { op, why };
+        project.ledger.append("ebb", Some(op), |state| Ok((decide(state, &command)?, ()))).await
+    }
+
+    /// The effect of one step. Done twice, it is as if done once.
+    async fn perform(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        plan: &Plan,
+        step: Step,
+        fence: &mut Option<Fence>,
+    ) -> Result<Found> {
+        let mut found = Found::default();
+        match (plan, step) {
+            (Plan::CreateBranch { source: branch, seal, .. }, Step::Record) => {
+                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+            }
+            (Plan::CreateCheckpoint { branch, seal, .. }, Step::Record) => {
+                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                found.lsn = self.end_of_wal(project, *branch, found.sealed).await?;
+            }
+            (Plan::Suspend { branch, seal }, Step::Record) => {
+                let (held, sealed) = self.stop_locked(project, *branch, *seal, FENCE_MAX, false).await?;
+                *fence = Some(held);
+                found.sealed = sealed;
+            }
+            (Plan::DeleteBranch { branch }, Step::Switch) => {
+                *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
+                self.discard_locked(project, *branch).await?;
+            }
+            (Plan::DeleteBranch { branch }, Step::Sweep) => {
+                self.node.discard(*branch).await?;
+                self.node.remove_branch(*branch).await?;
+                project.cells.lock().remove(branch);
+            }
+            (Plan::Rollback { branch, layer, seal, artifact, .. }, Step::Switch) => {
+                self.artifacts.ensure_local(artifact).await?;
+                crate::files::may_be_switched(&self.current_link(project)?)?;
+                found.sealed = self.set_aside(project, *branch, *layer, *seal, fence).await?;
+            }
+            (Plan::Restore { branch, layer, seal, .. }, Step::Switch) => {
+                found.sealed = self.set_aside(project, *branch, *layer, *seal, fence).await?;
+            }
+            (Plan::Restore { branch, .. } | Plan::Rollback { branch, .. }, Step::Sweep) => {
+                // Nobody attached a compute to the old volume: its line is stale since the switch.
+                self.discard_locked(project, *branch).await?;
+                self.node.remove_volume(*branch).await?;
+            }
+            (Plan::Release { .. } | Plan::Rollback { .. }, Step::Code) => self.activate(project).await?,
+            (Plan::Release { branch, seal, .. }, Step::Checkpoint) => {
+                self.wake_locked(project, *branch, &project.cell(*branch)).await?;
+                found = self.node.positions(*branch).await?;
+                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+            }
+            (Plan::Release { branch, artifact, name, .. }, Step::Migrate) => {
+                self.wake_locked(project, *branch, &project.cell(*branch)).await?;
+                let migrations = self.artifacts.migrations(artifact).await?;
+                self.node.migrate(*branch, name, &migrations).await?;
+            }
+            (Plan::Release { artifact, .. }, Step::Switch) => {
+                self.artifacts.ensure_local(artifact).await?;
+                crate::files::may_be_switched(&self.current_link(project)?)?;
+            }
+            (Plan::Wake { branch }, Step::Start) => {
+                self.wake_locked(project, *branch, &project.cell(*branch)).await?;
+            }
+            (Plan::Export { branch, layer, seal, dir, .. }, Step::Write) => {
+                let layer = match layer {
+                    Some(layer) => *layer,
+                    None => {
+                        found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                        found.sealed.unwrap_or(project.line(*branch)?.head)
+                    }
+                };
+                self.node.export(layer, dir).await?;
+            }
+            (plan, step) => {
+                let what = format!("operation {:?} has no step {step:?}", plan.act());
+                return Err(Refusal::TooLate(what).into());
+            }
+        }
+        Ok(found)
+    }
+
+    /// Holds the clients, stops and seals the old head; what comes back is brought to this node first, so that the
+    /// pause is short.
+    async fn set_aside(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        layer: LayerId,
+        seal: LayerId,
+        fence: &mut Option<Fence>,
+    ) -> Result<Option<LayerId>> {
+        self.node.fetch(layer).await?;
+        let (held, sealed) = self.stop_locked(project, branch, seal, FENCE_MAX, true).await?;
+        *fence = Some(held);
+        Ok(sealed)
+    }
+
+    /// Brings every operation that nobody carries out to its end: forward past its point of no return, else undone.
+    /// What fails is tried again later.
+    pub(super) async fn recover(self: &Arc<Self>) {
+        self.recover_catalog().await;
+        for project in self.all_projects() {
+            for (op, operation) in &project.ledger.state().operations {
+                if project.driven.lock().contains(op) {
+                    continue;
+                }
+                if let Err(error) = self.recover_one(&project, *op, operation).await {
+                    self.report("recovering an operation", &error);
+                }
+            }
+        }
+    }
+
+    async fn recover_one(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        op: OperationId,
+        operation: &Operation,
+    ) -> Result<()> {
+        let _ops = match operation.plan.holds() {
+            Some(branch) => match project.cell(branch).ops.clone().try_lock_owned() {
+                Ok(guard) => Some(guard),
+                // Somebody works on the branch; there is a next time.
+                Err(_) => return Ok(()),
+            },
+            None => None,
+        };
+        // Whoever carried it out may have ended it before the lock was free.
+        let state = project.ledger.state();
+        let Some(operation) = state.operations.get(&op).filter(|_| !project.driven.lock().contains(&op)) else {
+            return Ok(());
+        };
+        let act = operation.plan.act();
+        if operation.phase == Phase::Committed {
+            self.drive(project, op).await?;
+            count(&operation.plan, "done");
+            tracing::info!(%op, act, "an interrupted operation was finished");
+        } else {
+            self.undo(project, op, "it was interrupted before it took effect".to_owned()).await?;
+            count(&operation.plan, "undone");
+            tracing::info!(%op, act, "an interrupted operation was undone");
+        }
+        Ok(())
+    }
+}
+
+/// The branch whose lock an act needs.
+fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
+    let state = project.ledger.state();
+    let name = match ask {
+        Ask::CreateBranch { from, .. } => from.as_str(),
+        Ask::DeleteBranch { branch }
+        | Ask::CreateCheckpoint { branch, .. }
+        | Ask::DeleteCheckpoint { branch, .. }
+        | Ask::Restore { branch, .. }
+        | Ask::Suspend { branch }
+        | Ask::Wake { branch }
+        | Ask::Export { branch, .. } => branch.as_str(),
+        Ask::Release { .. } | Ask::Rollback { .. } => crate::decide::PROD,
+        Ask::ChangeBranch { .. } | Ask::ShowUrl { .. } => return Ok(None),
+    };
+    Ok(Some(state.branch(name)?.0))
+}
+
+fn count(plan: &Plan, result: &'static str) {
+    metrics::counter!("ebb_timeline_operations_total", "act" => plan.act(), "result" => result).increment(1);
+}
