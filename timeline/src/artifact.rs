@@ -138,7 +138,7 @@ impl Artifacts {
         if path.is_dir() {
             files::remove_dir(temp)?;
         } else {
-            sync_tree(temp)?;
+            settle_tree(temp)?;
             fs::rename(temp, &path).on("rename", temp)?;
             files::sync_dir(&self.dir)?;
         }
@@ -208,8 +208,6 @@ fn copy_tree(from: &Path, to: &Path, bytes: &mut u64) -> Result<()> {
             if *bytes > ARTIFACT_BYTES_MAX {
                 return Err(invalid(format!("the artifact has more than {} MiB", ARTIFACT_BYTES_MAX >> 20)));
             }
-            let mode = if found.permissions().mode() & 0o111 == 0 { 0o444 } else { 0o555 };
-            fs::set_permissions(&dest, fs::Permissions::from_mode(mode)).on("set the mode of", &dest)?;
         } else {
             return Err(invalid(format!("{source:?} is no file, directory or symlink")));
         }
@@ -217,17 +215,24 @@ fn copy_tree(from: &Path, to: &Path, bytes: &mut u64) -> Result<()> {
     Ok(())
 }
 
-fn sync_tree(dir: &Path) -> Result<()> {
+/// Makes all files read-only and everything durable. Directories stay writable, so that their owner can remove them.
+fn settle_tree(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).on("list", dir)? {
         let path = entry.on("list", dir)?.path();
         let found = fs::symlink_metadata(&path).on("look at", &path)?;
         if found.is_dir() {
-            sync_tree(&path)?;
+            settle_tree(&path)?;
         } else if found.is_file() {
-            files::sync_dir(&path)?;
+            let mode = if is_executable(&found) { 0o555 } else { 0o444 };
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).on("set the mode of", &path)?;
+            File::open(&path).and_then(|file| file.sync_all()).on("sync", &path)?;
         }
     }
     files::sync_dir(dir)
+}
+
+fn is_executable(found: &fs::Metadata) -> bool {
+    found.permissions().mode() & 0o111 != 0
 }
 
 /// The name of a directory's content.
@@ -277,7 +282,7 @@ fn collect(dir: &Path, prefix: &mut Vec<u8>, items: &mut Vec<(Vec<u8>, Item)>) -
         } else {
             let mut hasher = blake3::Hasher::new();
             File::open(&path).and_then(|file| hasher.update_reader(file).map(|_| ())).on("read", &path)?;
-            let executable = found.permissions().mode() & 0o111 != 0;
+            let executable = is_executable(&found);
             items.push((prefix.clone(), Item::File { executable, content: hasher.finalize() }));
         }
         prefix.truncate(length);

@@ -555,3 +555,6 @@ fn moved(
         Event::BranchMoved { branch, head: layer, to: to.clone() },
     ]
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,8 @@
 //! carries its own, so that an altered, removed or reordered entry is found by reading alone ([`read_chain`]).
 //!
 //! ```text
-//! {"seq":7,"time":"…","actor":"api","op":"op_…","events":[…],"prev":"<64 hex>","hash":"<64 hex>"}
-//! └──────────────── hashed: every byte before the last 75 ─────────────────┘└───── 75 bytes ─────┘
+//! {"seq":7,"time":"…","actor":"…","writer":"…","op":"op_…","events":[…],"prev":"<64 hex>","hash":"<64 hex>"}
+//! └────────────────────── hashed: every byte before the last 75 ──────────────────────┘└───── 75 bytes ─────┘
 //! ```
 //!
 //! The hash covers stored bytes, not a re-encoding of them: nothing in an entry escapes it, and a reader that knows
@@ -62,6 +62,10 @@ pub struct Entry<E> {
     pub time: Timestamp,
     /// Who asked for it.
     pub actor: String,
+    /// The process that wrote it, by a random number: two writers never write the same bytes, so that an append can
+    /// tell its own entry from another's like it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub writer: String,
     /// The operation it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op: Option<OperationId>,
@@ -188,6 +192,7 @@ pub struct Ledger<F: Fold> {
     log: Log,
     bucket: Bucket,
     name: String,
+    writer: String,
     clock: Arc<dyn Clock>,
     tail: tokio::sync::Mutex<Tail>,
     state: RwLock<Arc<F>>,
@@ -205,6 +210,7 @@ impl<F: Fold> Ledger<F> {
             bucket,
             tail: tokio::sync::Mutex::new(Tail { next: 0, head: genesis(&name), unsure: false }),
             name,
+            writer: format!("{:016x}", rand::random::<u64>()),
             clock,
             state: RwLock::default(),
         };
@@ -240,7 +246,8 @@ impl<F: Fold> Ledger<F> {
             if events.is_empty() {
                 return Ok(answer);
             }
-            let entry = Entry { seq: tail.next, time: self.clock.now(), actor: actor.to_owned(), op, events };
+            let (time, actor, writer) = (self.clock.now(), actor.to_owned(), self.writer.clone());
+            let entry = Entry { seq: tail.next, time, actor, writer, op, events };
             // Fold first: an event that cannot follow must never reach the bucket.
             let mut state = F::clone(&self.state());
             state.apply(&entry).map_err(|why| self.broken(entry.seq, why))?;
@@ -305,3 +312,6 @@ impl<F: Fold> Ledger<F> {
         Error::Ledger { ledger: self.name.clone(), seq, why }
     }
 }
+
+#[cfg(test)]
+mod tests;

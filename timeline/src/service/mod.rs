@@ -16,11 +16,15 @@
 
 mod branches;
 mod compute;
+#[cfg(test)]
+mod fake;
 mod projects;
 mod reconcile;
 mod releases;
 mod saga;
 mod template;
+#[cfg(test)]
+mod tests;
 mod uploads;
 mod views;
 

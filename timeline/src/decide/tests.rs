@@ -1,0 +1,318 @@
+use std::collections::BTreeSet;
+
+use ebb_types::ProjectId;
+use proptest::prelude::*;
+
+use super::*;
+use crate::ledger::{Entry, Fold as _};
+
+/// A project in memory: decides, folds, and remembers every entry.
+struct Model {
+    state: ProjectState,
+    entries: Vec<Entry<Event>>,
+    ids: u128,
+    layers: BTreeSet<LayerId>,
+    seconds: i64,
+}
+
+impl Model {
+    fn new() -> Self {
+        let template = LayerId::for_test(1);
+        let mut model = Self {
+            state: ProjectState::default(),
+            entries: Vec::new(),
+            ids: 100,
+            layers: BTreeSet::from([template]),
+            seconds: 0,
+        };
+        let branch = |n, name: &str| Event::BranchCreated {
+            branch: BranchId::for_test(n),
+            name: name.parse().unwrap(),
+            head: template,
+            parent: None,
+            rescue_until: None,
+        };
+        let op = model.op();
+        model.record(
+            op,
+            vec![
+                Event::OperationBegun { plan: Plan::CreateProject { name: "shop".parse().unwrap() }, key: None },
+                Event::ProjectCreated {
+                    project: ProjectId::for_test(1),
+                    name: "shop".parse().unwrap(),
+                    pg_major: 15,
+                    current: None,
+                    verifier: "SCRAM-SHA-256$".to_owned(),
+                },
+                branch(1, "prod"),
+                branch(2, "dev"),
+                Event::OperationDone,
+            ],
+        );
+        model
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::from_second(self.seconds).unwrap()
+    }
+
+    fn id(&mut self) -> u128 {
+        self.ids += 1;
+        self.ids
+    }
+
+    fn op(&mut self) -> OperationId {
+        OperationId::for_test(self.id())
+    }
+
+    fn fresh(&mut self) -> Fresh {
+        Fresh {
+            now: self.now(),
+            branch: BranchId::for_test(self.id()),
+            layer: LayerId::for_test(self.id()),
+            release: ReleaseId::for_test(self.id()),
+        }
+    }
+
+    fn record(&mut self, op: OperationId, events: Vec<Event>) {
+        let (seq, time) = (self.entries.len() as u64, self.now());
+        let entry = Entry { seq, time, actor: "test".to_owned(), writer: String::new(), op: Some(op), events };
+        self.state.apply(&entry).unwrap_or_else(|why| panic!("{why}: {entry:?}"));
+        self.entries.push(entry);
+    }
+
+    fn begin(&mut self, ask: &Ask) -> Result<OperationId, Refusal> {
+        let (op, fresh) = (self.op(), self.fresh());
+        let events = decide(&self.state, &Command::Begin { ask: ask.clone(), fresh, key: None })?;
+        self.record(op, events);
+        Ok(op)
+    }
+
+    /// Drives an operation on; gives up after `steps` if that is still possible.
+    fn drive(&mut self, op: OperationId, steps: usize) {
+        for n in 0.. {
+            let Some(step) = self.state.operations.get(&op).and_then(Operation::next_step) else {
+                break;
+            };
+            if n >= steps
+                && let Ok(events) = decide(&self.state, &Command::Undo { op, why: "test".to_owned() })
+            {
+                self.record(op, events);
+                break;
+            }
+            let layer = LayerId::for_test(self.id());
+            self.layers.insert(layer);
+            let found = Found { sealed: Some(layer), lsn: None, next_xid: None };
+            let events = decide(&self.state, &Command::Step { op, step, found }).unwrap();
+            self.record(op, events);
+        }
+    }
+
+    fn act(&mut self, ask: &Ask) -> Result<(), Refusal> {
+        let op = self.begin(ask)?;
+        self.drive(op, usize::MAX);
+        Ok(())
+    }
+
+    fn check(&self) {
+        let state = &self.state;
+        let names: BTreeSet<_> = state.branches.values().map(|branch| &branch.name).collect();
+        assert_eq!(names.len(), state.branches.len(), "two branches have one name");
+        assert!(names.iter().any(|name| name.as_str() == PROD), "prod is gone");
+        for branch in state.branches.values() {
+            assert!(self.layers.contains(&branch.head), "a head is no layer");
+            let checkpoints: BTreeSet<_> = branch.checkpoints.iter().map(|checkpoint| &checkpoint.name).collect();
+            assert_eq!(checkpoints.len(), branch.checkpoints.len(), "two checkpoints have one name");
+            assert!(branch.checkpoints.iter().all(|checkpoint| self.layers.contains(&checkpoint.layer)));
+        }
+        let prod = state.branch(PROD).unwrap().1;
+        for release in &state.releases {
+            if matches!(release.stage, ReleaseStage::Deployed) {
+                prod.checkpoint(release.checkpoint.as_str()).expect("a deployed release has its checkpoint");
+            }
+        }
+        if let Some(code) = state.code {
+            assert_eq!(state.release_by_id(code).unwrap().stage, ReleaseStage::Deployed);
+        }
+        // A rescue branch, once made, is there until its date.
+        for entry in &self.entries {
+            for event in &entry.events {
+                if let Event::BranchCreated { branch, rescue_until: Some(until), .. } = event
+                    && self.now() < *until
+                {
+                    assert!(state.branches.contains_key(branch), "a rescue branch is gone before its date");
+                }
+            }
+        }
+        assert!(state.operations.is_empty(), "an operation is stuck");
+    }
+
+    /// The same entries, through their stored form, give the same state.
+    fn check_replay(&self) {
+        let mut again = ProjectState::default();
+        for entry in &self.entries {
+            let stored = serde_json::to_vec(entry).unwrap();
+            again.apply(&serde_json::from_slice(&stored).unwrap()).unwrap();
+        }
+        assert_eq!(again, self.state);
+    }
+}
+
+fn branch_name() -> impl Strategy<Value = String> {
+    prop::sample::select(vec!["prod", "dev", "a", "b", "rescue-prod-1", "rescue-a-1", "none"]).prop_map(str::to_owned)
+}
+
+fn checkpoint_name() -> impl Strategy<Value = CheckpointName> {
+    prop::sample::select(vec!["x", "y", "before-v1", "before-v2"]).prop_map(|name| name.parse().unwrap())
+}
+
+fn point() -> impl Strategy<Value = Point> {
+    prop_oneof![Just(Point::Head), checkpoint_name().prop_map(Point::Checkpoint)]
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    prop_oneof![
+        (branch_name(), branch_name(), point()).prop_map(|(name, from, point)| Ask::CreateBranch {
+            name: name.parse().unwrap(),
+            from: from.parse().unwrap(),
+            point
+        }),
+        branch_name().prop_map(|branch| Ask::DeleteBranch { branch }),
+        (branch_name(), checkpoint_name()).prop_map(|(branch, name)| Ask::CreateCheckpoint { branch, name }),
+        (branch_name(), checkpoint_name())
+            .prop_map(|(branch, name)| Ask::DeleteCheckpoint { branch, name: name.to_string() }),
+        (branch_name(), point()).prop_map(|(branch, to)| Ask::Restore { branch, to }),
+        any::<u8>().prop_map(|n| Ask::Release { artifact: format!("{n:02x}"), migrations: Vec::new() }),
+        (1..5u8).prop_map(|n| Ask::Rollback { to: format!("v{n}"), lsn: None, next_xid: None, layers: 0 }),
+        branch_name().prop_map(|branch| Ask::Suspend { branch }),
+        (branch_name(), 0..5_000u64)
+            .prop_map(|(branch, idle_suspend_ms)| Ask::ChangeBranch { branch, idle_suspend_ms }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_sequence_of_acts_keeps_the_invariants(
+        acts in prop::collection::vec((ask(), prop_oneof![3 => Just(usize::MAX), 1 => 0..4usize], 0..400_000i64), 1..60)
+    ) {
+        let mut model = Model::new();
+        for (ask, steps, seconds) in acts {
+            model.seconds += seconds;
+            if let Ok(op) = model.begin(&ask) {
+                model.drive(op, steps);
+            }
+            model.check();
+        }
+        model.check_replay();
+    }
+}
+
+fn release(model: &mut Model, artifact: &str) {
+    model.act(&Ask::Release { artifact: artifact.to_owned(), migrations: Vec::new() }).unwrap();
+}
+
+fn rollback(model: &mut Model, to: &str) -> Result<(), Refusal> {
+    model.act(&Ask::Rollback { to: to.to_owned(), lsn: None, next_xid: None, layers: 0 })
+}
+
+fn before(model: &Model, name: &str) -> LayerId {
+    model.state.branch(PROD).unwrap().1.checkpoint(name).unwrap().layer
+}
+
+#[test]
+fn a_rollback_goes_to_just_before_the_next_release() {
+    let mut model = Model::new();
+    for artifact in ["aa", "bb", "cc"] {
+        release(&mut model, artifact);
+    }
+    let expect = before(&model, "before-v2");
+    rollback(&mut model, "v1").unwrap();
+    let prod = model.state.branch(PROD).unwrap().1;
+    assert_eq!((prod.head, prod.line), (expect, 1));
+    assert_eq!(model.state.code, Some(model.state.releases[0].id));
+    let stages: Vec<_> = model.state.releases.iter().map(|release| release.stage).collect();
+    assert_eq!(stages, [ReleaseStage::Deployed, ReleaseStage::RolledBack, ReleaseStage::RolledBack]);
+    assert!(model.state.branch("rescue-prod-1").unwrap().1.rescue_until.is_some());
+
+    // The release after a rollback is what a second rollback undoes, not the ones taken back already.
+    release(&mut model, "dd");
+    let expect = before(&model, "before-v4");
+    rollback(&mut model, "v1").unwrap();
+    assert_eq!(model.state.branch(PROD).unwrap().1.head, expect);
+}
+
+#[test]
+fn rollbacks_that_make_no_sense_say_why() {
+    let mut model = Model::new();
+    let hint = |refused: Result<(), Refusal>| ebb_types::Hint::hint(&refused.unwrap_err()).unwrap();
+    assert!(matches!(rollback(&mut model, "v1"), Err(Refusal::NoRelease { .. })));
+    release(&mut model, "aa");
+    assert!(hint(rollback(&mut model, "v1")).contains("before-v1"));
+    release(&mut model, "bb");
+    assert_eq!(hint(rollback(&mut model, "v3")), "Did you mean v1, v2?");
+    rollback(&mut model, "v1").unwrap();
+    assert!(hint(rollback(&mut model, "v2")).contains("deploy its artifact again"));
+}
+
+#[test]
+fn a_failed_release_can_be_taken_back_with_its_data() {
+    let mut model = Model::new();
+    release(&mut model, "aa");
+    let op = model.begin(&Ask::Release { artifact: "bb".to_owned(), migrations: vec!["1.sql".to_owned()] }).unwrap();
+    model.drive(op, 1);
+    assert_eq!(model.state.releases[1].stage, ReleaseStage::Failed);
+    assert_eq!(model.state.code, Some(model.state.releases[0].id));
+    let expect = before(&model, "before-v2");
+    rollback(&mut model, "v1").unwrap();
+    assert_eq!(model.state.branch(PROD).unwrap().1.head, expect);
+}
+
+#[test]
+fn a_branch_under_an_operation_is_busy() {
+    let mut model = Model::new();
+    model.act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    let to = Point::Checkpoint("x".parse().unwrap());
+    let op = model.begin(&Ask::Restore { branch: "dev".to_owned(), to: to.clone() }).unwrap();
+    let refused = model.begin(&Ask::Restore { branch: "dev".to_owned(), to }).unwrap_err();
+    assert_eq!(refused.to_string(), format!("branch \"dev\" is busy with restore ({op})"),);
+    model.act(&Ask::CreateCheckpoint { branch: "prod".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    model.drive(op, usize::MAX);
+    model.check();
+}
+
+#[test]
+fn a_rescue_branch_is_kept_until_its_date() {
+    let mut model = Model::new();
+    model.act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    let to = Point::Checkpoint("x".parse().unwrap());
+    model.act(&Ask::Restore { branch: "dev".to_owned(), to }).unwrap();
+    let delete = Ask::DeleteBranch { branch: "rescue-dev-1".to_owned() };
+    assert!(matches!(model.act(&delete), Err(Refusal::Kept { .. })));
+    model.seconds += 7 * 24 * 3600;
+    model.act(&delete).unwrap();
+}
+
+#[test]
+fn unknown_names_suggest_near_ones() {
+    let model = Model::new();
+    let fresh = Model::new().fresh();
+    let hint = |ask| ebb_types::Hint::hint(&plan(&model.state, &ask, &fresh).unwrap_err());
+    assert_eq!(hint(Ask::Wake { branch: "prdo".to_owned() }), Some("Did you mean prod?".to_owned()));
+    let time = "2026-01-01T00:00:00Z".parse().unwrap();
+    let refused = hint(Ask::Restore { branch: "prod".to_owned(), to: time });
+    assert!(refused.unwrap().contains("ebb checkpoint create"));
+}
+
+#[test]
+fn long_branch_names_still_have_rescue_names() {
+    let mut model = Model::new();
+    let name = "a-234567890-234567890-23456789";
+    let (named, from) = (name.parse().unwrap(), "prod".parse().unwrap());
+    model.act(&Ask::CreateBranch { name: named, from, point: Point::Head }).unwrap();
+    model.act(&Ask::CreateCheckpoint { branch: name.to_owned(), name: "x".parse().unwrap() }).unwrap();
+    let to = Point::Checkpoint("x".parse().unwrap());
+    model.act(&Ask::Restore { branch: name.to_owned(), to: to.clone() }).unwrap();
+    model.act(&Ask::Restore { branch: name.to_owned(), to }).unwrap();
+    assert!(model.state.branch("rescue-a-234567890-234567890-2").is_ok());
+    model.check();
+}

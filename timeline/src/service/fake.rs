@@ -1,0 +1,250 @@
+//! A machine in memory: volumes are sets of rows, layers are frozen ones. It outlives the services run on it.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ebb_compute::control::Status;
+use ebb_types::{BranchId, LayerId, Lsn};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use crate::artifact::Migration;
+use crate::decide::Found;
+use crate::node::{Line, Node, Roles, Start};
+use crate::{Error, Result};
+
+pub type Rows = BTreeSet<String>;
+
+#[derive(Debug, Default)]
+pub struct World {
+    pub layers: HashMap<LayerId, (Vec<LayerId>, Rows)>,
+    pub uploaded: HashSet<LayerId>,
+    pub volumes: HashMap<BranchId, FakeVolume>,
+    pub starts: u64,
+    /// The next start fails.
+    pub fail_start: bool,
+    /// A migration of this name fails.
+    pub fail_migration: Option<String>,
+    pub free_bytes: u64,
+}
+
+#[derive(Debug)]
+pub struct FakeVolume {
+    pub line: u64,
+    pub base: LayerId,
+    pub rows: Rows,
+    pub dirty: bool,
+    pub running: Option<CancellationToken>,
+}
+
+/// Cheap to clone: one world.
+#[derive(Debug, Clone)]
+pub struct FakeNode(pub Arc<Mutex<World>>);
+
+const TEMPLATE: LayerId = LayerId::for_test(7);
+
+impl FakeNode {
+    pub fn new() -> Self {
+        let mut world = World { free_bytes: u64::MAX, ..World::default() };
+        world.layers.insert(TEMPLATE, (vec![TEMPLATE], Rows::new()));
+        world.uploaded.insert(TEMPLATE);
+        Self(Arc::new(Mutex::new(world)))
+    }
+
+    /// A client's committed write; the compute must run.
+    pub fn write(&self, branch: BranchId, row: &str) {
+        let mut world = self.0.lock();
+        let volume = world.volumes.get_mut(&branch).expect("a volume");
+        assert!(volume.running.is_some(), "nobody writes to a sleeping branch");
+        volume.rows.insert(row.to_owned());
+        volume.dirty = true;
+    }
+
+    /// What a client reads; the compute must run.
+    pub fn rows(&self, branch: BranchId) -> Rows {
+        let world = self.0.lock();
+        let volume = world.volumes.get(&branch).expect("a volume");
+        assert!(volume.running.is_some(), "nobody reads from a sleeping branch");
+        volume.rows.clone()
+    }
+
+    /// The unit dies by itself.
+    pub fn kill(&self, branch: BranchId) {
+        let running = self.0.lock().volumes.get_mut(&branch).and_then(|volume| volume.running.take());
+        running.expect("a running unit").cancel();
+    }
+
+    pub fn is_running(&self, branch: BranchId) -> bool {
+        self.0.lock().volumes.get(&branch).is_some_and(|volume| volume.running.is_some())
+    }
+}
+
+impl World {
+    fn seal(&mut self, data: &Line, id: LayerId) -> Option<LayerId> {
+        let volume = self.volumes.get_mut(&data.branch).filter(|volume| volume.line == data.line)?;
+        if volume.dirty {
+            let mut chain = self.layers[&volume.base].0.clone();
+            assert!(!self.layers.contains_key(&id), "a layer was sealed twice with other content");
+            chain.push(id);
+            self.layers.insert(id, (chain, volume.rows.clone()));
+            volume.base = id;
+            volume.dirty = false;
+        }
+        Some(volume.base)
+    }
+}
+
+#[async_trait]
+impl Node for FakeNode {
+    fn pg_major(&self, wanted: Option<u32>) -> Result<u32> {
+        Ok(wanted.unwrap_or(15))
+    }
+
+    async fn template(&self, _: u32) -> Result<LayerId> {
+        Ok(TEMPLATE)
+    }
+
+    async fn adopt(&self, branch: BranchId) -> Result<Option<PathBuf>> {
+        Ok(self.is_running(branch).then(|| PathBuf::from(format!("/{branch}"))))
+    }
+
+    async fn start(&self, start: &Start) -> Result<PathBuf> {
+        tokio::task::yield_now().await;
+        let mut world = self.0.lock();
+        if std::mem::take(&mut world.fail_start) {
+            return Err(ebb_compute::Error::Deadline("starting").into());
+        }
+        let branch = start.data.branch;
+        let stale = world.volumes.get(&branch).is_some_and(|volume| volume.line != start.data.line);
+        if stale {
+            let old = world.volumes.remove(&branch).unwrap();
+            assert!(old.running.is_none(), "a running volume was replaced");
+            assert!(!old.dirty, "commits were thrown away");
+        }
+        if !world.volumes.contains_key(&branch) {
+            let rows = world.layers[&start.data.head].1.clone();
+            let base = start.data.head;
+            let volume = FakeVolume { line: start.data.line, base, rows, dirty: false, running: None };
+            world.volumes.insert(branch, volume);
+        }
+        world.starts += 1;
+        let volume = world.volumes.get_mut(&branch).unwrap();
+        assert!(volume.running.is_none(), "two units on one volume");
+        volume.running = Some(CancellationToken::new());
+        Ok(PathBuf::from(format!("/{branch}")))
+    }
+
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+        Ok(self.0.lock().seal(data, id))
+    }
+
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+        let mut world = self.0.lock();
+        let layer = world.seal(data, id);
+        if let Some(running) = world.volumes.get_mut(&data.branch).and_then(|volume| volume.running.take()) {
+            running.cancel();
+        }
+        Ok(layer)
+    }
+
+    async fn discard(&self, branch: BranchId) -> Result<()> {
+        if let Some(running) = self.0.lock().volumes.get_mut(&branch).and_then(|volume| volume.running.take()) {
+            running.cancel();
+        }
+        Ok(())
+    }
+
+    async fn gone(&self, branch: BranchId) {
+        let running = self.0.lock().volumes.get(&branch).and_then(|volume| volume.running.clone());
+        if let Some(running) = running {
+            running.cancelled().await;
+        }
+    }
+
+    async fn status(&self, _: BranchId) -> Option<Status> {
+        None
+    }
+
+    async fn positions(&self, branch: BranchId) -> Result<Found> {
+        let rows = self.0.lock().volumes[&branch].rows.len() as u64;
+        Ok(Found { sealed: None, lsn: Some(Lsn(rows * 100)), next_xid: Some(rows) })
+    }
+
+    async fn migrate(&self, branch: BranchId, _: &str, migrations: &[Migration]) -> Result<Vec<String>> {
+        let mut world = self.0.lock();
+        let fail = world.fail_migration.clone();
+        let volume = world.volumes.get_mut(&branch).expect("a volume");
+        assert!(volume.running.is_some(), "migrations need a compute");
+        for migration in migrations {
+            if fail.as_ref() == Some(&migration.name) {
+                let (file, advice) = (migration.name.clone(), String::new());
+                return Err(Error::Migration { file, message: "syntax error (SQLSTATE 42601)".to_owned(), advice });
+            }
+            volume.rows.insert(format!("migration {}", migration.name));
+            volume.dirty = true;
+        }
+        Ok(Vec::new())
+    }
+
+    async fn remove_volume(&self, branch: BranchId) -> Result<()> {
+        let mut world = self.0.lock();
+        if let Some(volume) = world.volumes.remove(&branch) {
+            assert!(volume.running.is_none(), "a running volume was removed");
+        }
+        Ok(())
+    }
+
+    async fn remove_branch(&self, branch: BranchId) -> Result<()> {
+        self.remove_volume(branch).await
+    }
+
+    async fn roles(&self, data: &Line) -> Result<Option<Roles>> {
+        let world = self.0.lock();
+        let of_volume = world.volumes.get(&data.branch).filter(|volume| volume.line == data.line);
+        let rows = of_volume.map_or(&world.layers[&data.head].1, |volume| &volume.rows);
+        let roles: Roles = rows
+            .iter()
+            .filter_map(|row| row.strip_prefix("role "))
+            .map(|role| (role.to_owned(), Some(format!("verifier of {role}"))))
+            .collect();
+        Ok((!roles.is_empty()).then_some(roles))
+    }
+
+    async fn fetch(&self, layer: LayerId) -> Result<()> {
+        match self.0.lock().layers.contains_key(&layer) {
+            true => Ok(()),
+            false => Err(ebb_storage::Error::NoSuchLayer(layer).into()),
+        }
+    }
+
+    async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64> {
+        let rows = self.0.lock().layers[&layer].1.clone();
+        std::fs::create_dir_all(dir).unwrap();
+        let text = rows.into_iter().collect::<Vec<_>>().join("\n");
+        std::fs::write(dir.join("rows"), &text).unwrap();
+        Ok(text.len() as u64)
+    }
+
+    async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        Ok(self.0.lock().layers[&layer].0.clone())
+    }
+
+    async fn upload(&self, layer: LayerId) -> Result<()> {
+        let mut world = self.0.lock();
+        let chain = world.layers[&layer].0.clone();
+        let below = &chain[..chain.len() - 1];
+        assert!(below.iter().all(|below| world.uploaded.contains(below)), "a layer was uploaded before its chain");
+        world.uploaded.insert(layer);
+        Ok(())
+    }
+
+    async fn redo(&self, layer: LayerId) -> Option<Lsn> {
+        Some(Lsn(self.0.lock().layers.get(&layer)?.1.len() as u64 * 100))
+    }
+
+    fn free_bytes(&self) -> Result<u64> {
+        Ok(self.0.lock().free_bytes)
+    }
+}
