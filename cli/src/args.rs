@@ -109,6 +109,13 @@ pub struct IdempotencyKey {
     pub idempotency_key: Option<String>,
 }
 
+impl IdempotencyKey {
+    /// The key, if one was given.
+    pub fn as_deref(&self) -> Option<&str> {
+        self.idempotency_key.as_deref()
+    }
+}
+
 /// `ebb config …`
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
@@ -141,9 +148,15 @@ pub struct ServeArgs {
     /// The host that printed connection URLs name [default: the address of --listen]
     #[arg(long, value_name = "HOST")]
     pub public_host: Option<String>,
+    /// Endpoints answer to branch--project.DOMAIN where a client sends a host name by TLS [default: localhost]
+    #[arg(long, value_name = "DOMAIN")]
+    pub domain: Option<String>,
     /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
     #[arg(long, value_name = "TIME")]
     pub idle_suspend: Option<String>,
+    /// Bytes that must stay free on the disk of DATA; work is refused below [default: 64 MiB]
+    #[arg(long, value_name = "N", env = "EBB_MIN_FREE_BYTES", hide_env_values = true)]
+    pub min_free_bytes: Option<u64>,
     /// Settings in a TOML file; options given here win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use ebb_timeline::api::types::Problem;
 use ebb_types::ErrorKind;
-use serde::Deserialize;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::failure::Failure;
@@ -22,15 +23,6 @@ const ANSWER_BYTES_MAX: u64 = 256 << 20;
 pub struct Client {
     agent: ureq::Agent,
     base: String,
-}
-
-/// The body of an answer that is no success (RFC 9457).
-#[derive(Debug, Deserialize)]
-struct Problem {
-    title: Option<String>,
-    detail: Option<String>,
-    hint: Option<String>,
-    kind: Option<ErrorKind>,
 }
 
 impl Client {
@@ -58,12 +50,12 @@ impl Client {
     }
 
     /// PATCH with a JSON body.
-    pub fn patch(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+    pub fn patch(&self, path: &str, body: &impl Serialize) -> Result<Value, Failure> {
         self.answer(self.agent.patch(self.url(path)).send_json(body))
     }
 
     /// POST with a JSON body, under an idempotency key if there is one.
-    pub fn post(&self, path: &str, body: &Value, key: Option<&str>) -> Result<Value, Failure> {
+    pub fn post(&self, path: &str, body: &impl Serialize, key: Option<&str>) -> Result<Value, Failure> {
         let mut request = self.agent.post(self.url(path));
         if let Some(key) = key {
             request = request.header("Idempotency-Key", key);
@@ -78,7 +70,12 @@ impl Client {
     fn answer(&self, sent: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Value, Failure> {
         let mut response = sent.map_err(|error| self.unreachable(&error))?;
         let status = response.status();
-        let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string().map_err(|error| self.unreachable(&error))?;
+        let body = response
+            .body_mut()
+            .with_config()
+            .limit(ANSWER_BYTES_MAX)
+            .read_to_string()
+            .map_err(|error| self.unreachable(&error))?;
         if !status.is_success() {
             return Err(refusal(status.as_u16(), &body));
         }
@@ -115,18 +112,7 @@ fn refusal(status: u16, body: &str) -> Failure {
         _ => ErrorKind::Internal,
     };
     match serde_json::from_str::<Problem>(body) {
-        Ok(problem) => {
-            let title = problem.title.unwrap_or_else(|| format!("the API answered {status}"));
-            let (message, causes) = match problem.detail {
-                Some(detail) => {
-                    // `detail` is the chain "outer: inner"; its first link says it to people, the title only sorts.
-                    let mut links = detail.lines().map(str::to_owned);
-                    (links.next().unwrap_or(title), links.collect())
-                }
-                None => (title, Vec::new()),
-            };
-            Failure { kind: problem.kind.unwrap_or(by_status), message, causes, hint: problem.hint }
-        }
+        Ok(problem) => Failure { hint: problem.hint, ..Failure::new(problem.kind, problem.detail) },
         Err(_) => {
             let mut failure = Failure::new(by_status, format!("the API answered {status}"));
             failure.causes.extend(body.lines().next().filter(|line| !line.is_empty()).map(str::to_owned));

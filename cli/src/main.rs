@@ -23,7 +23,7 @@ fn main() -> ExitCode {
     }
     let output = Output { json: args.json };
     let done = match args.command {
-        Command::Serve(serve) => serve::run(serve),
+        Command::Serve(serve) => serve::run(&serve),
         Command::Config(config) => serve::print_config(config, output),
         command => commands::run(command, &args.api, output),
     };

@@ -79,7 +79,10 @@ mod tests {
 
     #[test]
     fn facts_leave_out_what_is_not_there() {
-        assert_eq!(facts([("a", "1".to_owned()), ("b", String::new()), ("long", "2".to_owned())]), "a     1\nlong  2\n");
+        assert_eq!(
+            facts([("a", "1".to_owned()), ("b", String::new()), ("long", "2".to_owned())]),
+            "a     1\nlong  2\n"
+        );
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use ebb_timeline::api::types::{
+    Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
+    Exported, RestoreBranch, Restored,
+};
 use ebb_types::{BranchRef, Point, PointRef};
-use serde_json::json;
 
 use super::project::seconds;
-use super::views::{Branch, Branches, Checkpoint, Checkpoints, Exported, Restored, Url};
 use super::{Session, absolute, branch_path};
 use crate::args::{BranchCommand, CheckpointCommand, IdempotencyKey};
 use crate::failure::Failure;
@@ -15,20 +17,17 @@ use crate::output::{bytes, facts, table};
 pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
     match command {
         BranchCommand::Create { branch, from, key } => {
-            let mut body = json!({ "name": branch.branch });
-            if let Some(from) = from {
-                body["from"] = json!(from);
-            }
             let path = format!("projects/{}/branches", branch.project);
-            to.show(&to.client.post(&path, &body, key.idempotency_key.as_deref())?, branch_facts)
+            let body = CreateBranch { name: branch.branch, from };
+            to.show(&to.client.post(&path, &body, key.as_deref())?, branch_facts)
         }
         BranchCommand::List { project } => {
             let answer = to.client.get(&format!("projects/{project}/branches"))?;
-            to.show(&answer, |view: Branches| branch_table(view.branches))
+            to.show(&answer, |view: BranchList| branch_table(view.branches))
         }
         BranchCommand::Show { branch } => to.show(&to.client.get(&branch_path(&branch))?, branch_facts),
         BranchCommand::Set { branch, idle_suspend } => {
-            let body = json!({ "idle_suspend_seconds": idle_suspend.as_secs_f64() });
+            let body = ChangeBranch { idle_suspend_seconds: idle_suspend.as_secs_f64() };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Delete { branch } => {
@@ -38,11 +37,11 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
         }
         BranchCommand::Restore { branch, to: point, key } => {
             let path = format!("{}/restore", branch_path(&branch));
-            let answer = to.client.post(&path, &json!({ "to": point.to_string() }), key.idempotency_key.as_deref())?;
+            let answer = to.client.post(&path, &RestoreBranch { to: point.to_string() }, key.as_deref())?;
             to.show(&answer, |view: Restored| {
                 facts([
                     ("restored", format!("{branch} to {point}")),
-                    ("head", view.branch.head.map(|head| head.to_string()).unwrap_or_default()),
+                    ("head", view.branch.head.to_string()),
                     ("set aside", format!("{}/{}", branch.project, view.rescue.name)),
                     ("kept until", view.rescue.rescue_until.map(seconds).unwrap_or_default()),
                 ])
@@ -70,11 +69,11 @@ pub fn branch_table(branches: Vec<Branch>) -> String {
 fn branch_facts(branch: Branch) -> String {
     facts([
         ("branch", branch.name.to_string()),
-        ("id", branch.id.clone()),
+        ("id", branch.id.to_string()),
         ("endpoint", branch.endpoint.clone()),
         ("state", branch.state.clone()),
         ("from", parent(&branch)),
-        ("head", branch.head.map(|head| head.to_string()).unwrap_or_default()),
+        ("head", branch.head.to_string()),
         ("created", seconds(branch.created_at)),
         ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
         ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
@@ -83,10 +82,8 @@ fn branch_facts(branch: Branch) -> String {
 
 fn parent(branch: &Branch) -> String {
     match &branch.parent {
-        Some(parent) => match &parent.point {
-            Some(point) if point != "head" => format!("{}@{point}", parent.branch),
-            _ => parent.branch.clone(),
-        },
+        Some(parent) if parent.point != "head" => format!("{}@{}", parent.branch, parent.point),
+        Some(parent) => parent.branch.to_string(),
         None => String::new(),
     }
 }
@@ -95,7 +92,7 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
     match command {
         CheckpointCommand::Create { branch, name, key } => {
             let path = format!("{}/checkpoints", branch_path(&branch));
-            let answer = to.client.post(&path, &json!({ "name": name }), key.idempotency_key.as_deref())?;
+            let answer = to.client.post(&path, &CreateCheckpoint { name }, key.as_deref())?;
             to.show(&answer, |view: Checkpoint| {
                 facts([
                     ("checkpoint", format!("{branch}@{}", view.name)),
@@ -107,7 +104,7 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
         }
         CheckpointCommand::List { branch } => {
             let answer = to.client.get(&format!("{}/checkpoints", branch_path(&branch)))?;
-            to.show(&answer, |view: Checkpoints| {
+            to.show(&answer, |view: CheckpointList| {
                 table(
                     ["CHECKPOINT", "LSN", "CREATED", "LAYER"],
                     view.checkpoints.into_iter().map(|checkpoint| {
@@ -131,17 +128,15 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
 
 pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
     let answer = to.client.get(&format!("{}/url", branch_path(branch)))?;
-    to.show(&answer, |view: Url| view.url + "\n")
+    to.show(&answer, |view: BranchUrl| view.url + "\n")
 }
 
 pub fn export(to: &Session, from: &PointRef, dir: &Path, key: &IdempotencyKey) -> Result<(), Failure> {
-    let mut body = json!({ "dir": absolute(dir)? });
-    if from.point != Point::Head {
-        body["point"] = json!(from.point.to_string());
-    }
+    let point = (from.point != Point::Head).then(|| from.point.to_string());
+    let body = Export { point, dir: absolute(dir)? };
     let path = format!("{}/export", branch_path(&from.at));
-    let answer = to.client.post(&path, &body, key.idempotency_key.as_deref())?;
+    let answer = to.client.post(&path, &body, key.as_deref())?;
     to.show(&answer, |view: Exported| {
-        facts([("exported", from.to_string()), ("to", view.dir), ("size", bytes(view.bytes))])
+        facts([("exported", from.to_string()), ("to", view.dir.display().to_string()), ("size", bytes(view.bytes))])
     })
 }

@@ -1,9 +1,9 @@
 //! `ebb compute suspend|wake|status`.
 
+use ebb_timeline::api::types::Compute;
 use serde_json::json;
 
 use super::project::seconds;
-use super::views::Compute;
 use super::{Session, branch_path};
 use crate::args::{ComputeAct, ComputeCommand};
 use crate::failure::Failure;
@@ -33,7 +33,7 @@ fn status(view: Compute) -> String {
     let last_stage = unit.and_then(|unit| unit.stages.last());
     let mut text = facts([
         ("state", view.state),
-        ("since", view.since.map(seconds).unwrap_or_default()),
+        ("since", seconds(view.since)),
         ("wakes", view.wakes.to_string()),
         ("postgres pid", unit.and_then(|unit| unit.postmaster_pid).map(|pid| pid.to_string()).unwrap_or_default()),
         ("wal end", unit.and_then(|unit| unit.wal_end).map(|lsn| lsn.to_string()).unwrap_or_default()),

@@ -5,7 +5,6 @@ mod compute;
 mod project;
 mod psql;
 mod release;
-mod views;
 
 use std::path::{Path, PathBuf};
 
@@ -65,7 +64,6 @@ impl Session {
         self.output.show(shown, || line() + "\n");
     }
 }
-
 
 /// The path of a branch below `/v1/`.
 fn branch_path(at: &BranchRef) -> String {

@@ -1,9 +1,8 @@
 //! `ebb project …` and `ebb ledger …`.
 
+use ebb_timeline::api::types::{CreateProject, CreatedProject, LedgerEntries, LedgerVerdict, Project, ProjectList};
 use ebb_types::ErrorKind;
-use serde_json::json;
 
-use super::views::{Ledger, NewProject, Project, Projects, Verified};
 use super::{Session, absolute};
 use crate::args::{LedgerCommand, ProjectCommand};
 use crate::commands::branch::branch_table;
@@ -14,17 +13,10 @@ pub fn run(to: &Session, command: ProjectCommand) -> Result<(), Failure> {
     match command {
         ProjectCommand::Create { name, current, pg_major, key } => {
             let current = current.as_deref().map(absolute).transpose()?;
-            let mut body = json!({ "name": name });
-            if let Some(current) = current {
-                body["current"] = json!(current);
-            }
-            if let Some(pg_major) = pg_major {
-                body["pg_major"] = json!(pg_major);
-            }
-            let answer = to.client.post("projects", &body, key.idempotency_key.as_deref())?;
+            let answer = to.client.post("projects", &CreateProject { name, current, pg_major }, key.as_deref())?;
             to.show(&answer, new_project)
         }
-        ProjectCommand::List => to.show(&to.client.get("projects")?, |view: Projects| {
+        ProjectCommand::List => to.show(&to.client.get("projects")?, |view: ProjectList| {
             table(
                 ["PROJECT", "POSTGRES", "BRANCHES", "RELEASES", "CREATED"],
                 view.projects.into_iter().map(|project| {
@@ -38,18 +30,16 @@ pub fn run(to: &Session, command: ProjectCommand) -> Result<(), Failure> {
                 }),
             )
         }),
-        ProjectCommand::Show { name } => {
-            to.show(&to.client.get(&format!("projects/{name}"))?, |view: Project| {
-                let about = facts([
-                    ("project", view.name.to_string()),
-                    ("postgres", view.pg_major.to_string()),
-                    ("created", seconds(view.created_at)),
-                    ("current", view.current.unwrap_or_default()),
-                    ("releases", view.releases.to_string()),
-                ]);
-                format!("{about}\n{}", branch_table(view.branches))
-            })
-        }
+        ProjectCommand::Show { name } => to.show(&to.client.get(&format!("projects/{name}"))?, |view: Project| {
+            let about = facts([
+                ("project", view.name.to_string()),
+                ("postgres", view.pg_major.to_string()),
+                ("created", seconds(view.created_at)),
+                ("current", view.current.display().to_string()),
+                ("releases", view.releases.to_string()),
+            ]);
+            format!("{about}\n{}", branch_table(view.branches))
+        }),
         ProjectCommand::Delete { name, confirm } => {
             if confirm != name {
                 return Err(Failure::new(ErrorKind::Invalid, format!("--confirm {confirm} is not the project's name"))
@@ -62,7 +52,7 @@ pub fn run(to: &Session, command: ProjectCommand) -> Result<(), Failure> {
     }
 }
 
-fn new_project(view: NewProject) -> String {
+fn new_project(view: CreatedProject) -> String {
     let lines = facts([
         ("project", view.project.name.to_string()),
         ("role", view.role),
@@ -77,18 +67,11 @@ fn new_project(view: NewProject) -> String {
 pub fn run_ledger(to: &Session, command: LedgerCommand) -> Result<(), Failure> {
     match command {
         LedgerCommand::List { project } => {
-            to.show(&to.client.get(&format!("projects/{project}/ledger"))?, |view: Ledger| {
+            to.show(&to.client.get(&format!("projects/{project}/ledger"))?, |view: LedgerEntries| {
                 table(
                     ["SEQ", "TIME", "ACTOR", "ACT", "ON", "RESULT"],
                     view.entries.into_iter().map(|entry| {
-                        [
-                            entry.seq.to_string(),
-                            seconds(entry.time),
-                            entry.actor,
-                            entry.act,
-                            entry.on.unwrap_or_default(),
-                            entry.result.unwrap_or_default(),
-                        ]
+                        [entry.seq.to_string(), seconds(entry.time), entry.actor, entry.act, entry.on, entry.result]
                     }),
                 )
             })
@@ -99,18 +82,20 @@ pub fn run_ledger(to: &Session, command: LedgerCommand) -> Result<(), Failure> {
                 Some(true) => None,
                 _ => Some(answer["fault"].as_str().unwrap_or("the API did not say what is wrong").to_owned()),
             };
-            to.show(&answer, |view: Verified| {
+            to.show(&answer, |view: LedgerVerdict| {
                 facts([
                     ("ledger", if view.ok { "ok".to_owned() } else { "BROKEN".to_owned() }),
                     ("entries", view.entries.to_string()),
-                    ("head", view.head_hash.unwrap_or_default()),
+                    ("head", view.head_hash),
                     ("fault", view.fault.unwrap_or_default()),
                 ])
             })?;
             match fault {
                 None => Ok(()),
-                Some(fault) => Err(Failure::new(ErrorKind::Corrupt, format!("the ledger of {project} is broken: {fault}"))
-                    .hint("Keep the bucket as it is and restore the damaged objects under projects/ from a copy.")),
+                Some(fault) => {
+                    Err(Failure::new(ErrorKind::Corrupt, format!("the ledger of {project} is broken: {fault}"))
+                        .hint("Keep the bucket as it is and restore the damaged objects under projects/ from a copy."))
+                }
             }
         }
     }

@@ -27,8 +27,9 @@ pub fn run(to: &Session, branch: &BranchRef, args: &[OsString]) -> Result<(), Fa
     let error = psql.exec();
     let failure = Failure::internal("cannot run psql", &error);
     Err(match error.kind() {
-        io::ErrorKind::NotFound => failure
-            .hint("Install it (`apt-get install postgresql-client-15`), or paste what `ebb url` prints into another client."),
+        io::ErrorKind::NotFound => failure.hint(
+            "Install it (`apt-get install postgresql-client-15`), or paste what `ebb url` prints into another client.",
+        ),
         _ => failure,
     })
 }
@@ -77,7 +78,8 @@ mod tests {
 
     #[test]
     fn the_password_is_not_on_the_command_line() {
-        let (url, password) = without_password("postgres://app:a%40b%c@127.0.0.1:6432/app?options=endpoint%3Dprod--shop");
+        let (url, password) =
+            without_password("postgres://app:a%40b%c@127.0.0.1:6432/app?options=endpoint%3Dprod--shop");
         assert_eq!(url, "postgres://app@127.0.0.1:6432/app?options=endpoint%3Dprod--shop");
         assert_eq!(password.as_deref(), Some("a@b%c"));
         assert_eq!(without_password("postgres://app@h/app"), ("postgres://app@h/app".to_owned(), None));

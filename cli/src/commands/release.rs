@@ -1,12 +1,11 @@
 //! `ebb release …` and `ebb rollback`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use ebb_timeline::api::types::{CreateRelease, Release, ReleaseList, Rollback, RollbackPlan, RolledBack};
 use ebb_types::{ErrorKind, ProjectName};
-use serde_json::json;
 
 use super::project::seconds;
-use super::views::{Plan, Release, Releases, RolledBack};
 use super::{Session, absolute};
 use crate::args::{IdempotencyKey, ReleaseCommand};
 use crate::failure::Failure;
@@ -15,22 +14,23 @@ use crate::output::{bytes, facts, table};
 pub fn run(to: &Session, command: ReleaseCommand) -> Result<(), Failure> {
     match command {
         ReleaseCommand::Create { project, artifact, key } => {
-            let dir = artifact_dir(&artifact)?;
+            let artifact = artifact_dir(&artifact)?;
             let path = format!("projects/{project}/releases");
-            let answer = to.client.post(&path, &json!({ "artifact": dir }), key.idempotency_key.as_deref())?;
+            let answer = to.client.post(&path, &CreateRelease { artifact }, key.as_deref())?;
             to.show(&answer, |view: Release| {
                 facts([
                     ("release", view.name),
                     ("state", view.state),
                     ("artifact", view.artifact),
                     ("migrations", view.migrations.join(", ")),
-                    ("checkpoint", view.checkpoint.unwrap_or_default()),
+                    ("checkpoint", view.checkpoint.to_string()),
                     ("created", seconds(view.created_at)),
+                    ("fault", view.fault.unwrap_or_default()),
                 ])
             })
         }
         ReleaseCommand::List { project } => {
-            to.show(&to.client.get(&format!("projects/{project}/releases"))?, |view: Releases| {
+            to.show(&to.client.get(&format!("projects/{project}/releases"))?, |view: ReleaseList| {
                 table(
                     ["RELEASE", "STATE", "CREATED", "CHECKPOINT", "MIGRATIONS", "ARTIFACT"],
                     view.releases.into_iter().map(|release| {
@@ -38,7 +38,7 @@ pub fn run(to: &Session, command: ReleaseCommand) -> Result<(), Failure> {
                             release.name,
                             release.state,
                             seconds(release.created_at),
-                            release.checkpoint.unwrap_or_default(),
+                            release.checkpoint.to_string(),
                             release.migrations.len().to_string(),
                             short(&release.artifact),
                         ]
@@ -50,7 +50,7 @@ pub fn run(to: &Session, command: ReleaseCommand) -> Result<(), Failure> {
 }
 
 /// The artifact's absolute path, refused here already if it is no directory: the message names what was typed.
-fn artifact_dir(artifact: &Path) -> Result<std::path::PathBuf, Failure> {
+fn artifact_dir(artifact: &Path) -> Result<PathBuf, Failure> {
     if !artifact.is_dir() {
         return Err(Failure::new(ErrorKind::Invalid, format!("{artifact:?} is not a directory"))
             .hint("--artifact names the directory that holds the code and migrations/*.sql."));
@@ -65,10 +65,10 @@ pub fn rollback(
     plan: bool,
     key: &IdempotencyKey,
 ) -> Result<(), Failure> {
-    let body = json!({ "to": release, "plan": plan });
-    let answer = to.client.post(&format!("projects/{project}/rollback"), &body, key.idempotency_key.as_deref())?;
+    let body = Rollback { to: release.to_owned(), plan };
+    let answer = to.client.post(&format!("projects/{project}/rollback"), &body, key.as_deref())?;
     if plan {
-        return to.show(&answer, |plan: Plan| {
+        return to.show(&answer, |plan: RollbackPlan| {
             format!("{}\nNothing was changed. Without --plan this is done.\n", plan_text(&plan))
         });
     }
@@ -84,16 +84,17 @@ pub fn rollback(
     })
 }
 
-fn plan_text(plan: &Plan) -> String {
-    let code = |side: &Option<String>| side.as_deref().map_or_else(|| "nothing".to_owned(), short);
+fn plan_text(plan: &RollbackPlan) -> String {
+    let from = plan.code.from.as_deref().map_or_else(|| "nothing".to_owned(), short);
     facts([
         ("release", plan.release.clone()),
         ("data", format!("prod back to checkpoint {}", plan.checkpoint)),
-        ("code", format!("{} -> {}", code(&plan.code.from), code(&plan.code.to))),
-        ("written since", plan.set_aside.since.map(seconds).unwrap_or_default()),
+        ("code", format!("{} -> {}", from, short(&plan.code.to))),
+        ("written since", seconds(plan.set_aside.since)),
+        ("releases", plan.set_aside.releases.join(", ")),
         ("transactions", plan.set_aside.transactions.map(|n| n.to_string()).unwrap_or_default()),
         ("WAL", plan.set_aside.wal_bytes.map(bytes).unwrap_or_default()),
-        ("layers", plan.set_aside.layers.map(|n| n.to_string()).unwrap_or_default()),
+        ("layers", plan.set_aside.layers.to_string()),
     ])
 }
 

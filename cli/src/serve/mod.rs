@@ -1,6 +1,248 @@
-//! `ebb serve`.
+//! `ebb serve`: proxy, timeline service and API in one process.
+//!
+//! Start: settings, checks, lock, addresses, service, ready. Stop, at the first SIGINT or SIGTERM: the API takes no
+//! more requests, the proxy drains, every compute is suspended, all within a deadline; the second signal ends the
+//! process at once.
+//!
+//! **Crash.** A killed server leaves its units running and its lock free; the next start adopts them.
+
+mod adapters;
+mod checks;
+mod config;
+mod lock;
+mod welcome;
+
+use std::future::IntoFuture as _;
+use std::net::SocketAddr;
+use std::process;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ebb_proxy::{Proxy, ProxyConfig};
+use ebb_timeline::{Service, ServiceConfig, api};
+use ebb_types::{ErrorKind, Hint as _};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
 use crate::args::{ConfigCommand, ServeArgs};
 use crate::failure::Failure;
 use crate::output::Output;
-pub fn run(_args: Box<ServeArgs>) -> Result<(), Failure> { todo!("helper F") }
-pub fn print_config(_c: ConfigCommand, _o: Output) -> Result<(), Failure> { todo!("helper F") }
+use adapters::{ProxyClients, ServiceEndpoints};
+use config::Settings;
+use lock::{Announced, DataLock, NodeFile};
+
+/// LIMIT: a fast shutdown of a Postgres with much to write takes seconds; process managers kill after 90 s or so.
+const SUSPEND_WITHIN: Duration = Duration::from_secs(45);
+
+/// LIMIT: requests under way at a stop; an act that is cut off here goes on in its own task and is recovered later.
+const API_DRAIN_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often counters and histograms are folded, which bounds their memory.
+const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// From half a millisecond to a minute: a thaw, a wake, an upload.
+const SECONDS_BUCKETS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Runs the server until it is told to stop.
+pub fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let settings = Settings::read(args)?;
+    checks::run(&settings)?;
+    let lock = DataLock::take(&settings.data)?;
+    Announced::clear(&settings.data);
+    start_logging();
+    let metrics = install_metrics()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::internal("cannot start worker threads", &error))?;
+    let served = runtime.block_on(serve(&settings, metrics, begun));
+    // LIMIT: blocking calls still on the way (an fsync, a hash) are given this long; they leave nothing half-done.
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    drop(lock);
+    served
+}
+
+/// Prints the settings a start with the same options would use.
+pub fn print_config(command: ConfigCommand, output: Output) -> Result<(), Failure> {
+    let ConfigCommand::Print(args) = command;
+    let settings = Settings::read(&args)?;
+    output.show(&settings, || toml::to_string(&settings).expect("settings are plain TOML"));
+    Ok(())
+}
+
+async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -> Result<(), Failure> {
+    let mut signals = Signals::listen()?;
+    let bucket = ebb_storage::object_store::open(&settings.bucket).await.map_err(|error| {
+        Failure::new(error.kind(), format!("cannot open the bucket {:?}", settings.bucket)).because(&error)
+    })?;
+
+    let endpoints = Arc::new(ServiceEndpoints::default());
+    let proxy = bind_proxy(settings, endpoints.clone())?;
+    let api_listener = bind_api(settings.api_listen).await?;
+    let api_addr = api_listener.local_addr().map_err(|error| Failure::internal("cannot listen for the API", &error))?;
+    let proxy_addr = proxy.local_addr();
+    let ca = proxy.ca_pem_path().to_owned();
+
+    let clients = Arc::new(ProxyClients(proxy.handle()));
+    let service = Service::open(service_config(settings, &proxy)?, bucket, clients).await.map_err(service_failure)?;
+    endpoints.fill(service.clone());
+
+    let stop = Stop::default();
+    let proxy_run = tokio::spawn(proxy.run(stop.proxy.clone()));
+    let service_run = tokio::spawn({
+        let (service, stop) = (service.clone(), stop.service.clone());
+        async move { service.run(stop).await }
+    });
+    let upkeep = tokio::spawn(keep_up(metrics.clone(), stop.service.clone()));
+    let router = api::router_with_metrics(service.clone(), Some(Arc::new(move || metrics.render())));
+    let api_run = axum::serve(api_listener, router).with_graceful_shutdown(stop.api.clone().cancelled_owned());
+    let api_run = tokio::spawn(api_run.into_future());
+
+    let node = NodeFile {
+        pid: process::id(),
+        version: env!("CARGO_PKG_VERSION"),
+        proxy: proxy_addr.to_string(),
+        api: format!("http://{api_addr}"),
+        ca: &ca,
+        ready_at: jiff::Timestamp::now(),
+    };
+    let announced = Announced::write(&settings.data, &node)?;
+    tracing::info!(proxy = %proxy_addr, api = %api_addr, "ready");
+    let welcomed = welcome::show(settings, &node, &service, begun).await;
+
+    if welcomed.is_ok() {
+        signals.next().await;
+        eprintln!("stopping: suspending every compute; a second Ctrl-C ends this at once");
+        tokio::spawn(async move {
+            signals.next().await;
+            eprintln!("stopped at once; running computes go on, and the next start finds them");
+            process::exit(130);
+        });
+    }
+    drop(announced);
+    stop.in_order(&service, api_run, proxy_run, service_run).await;
+    let _ = upkeep.await;
+    tracing::info!("stopped");
+    welcomed
+}
+
+/// The tokens of the parts, in the order they are stopped.
+#[derive(Debug, Default)]
+struct Stop {
+    api: CancellationToken,
+    proxy: CancellationToken,
+    service: CancellationToken,
+}
+
+impl Stop {
+    /// Stops taking work, then the clients, then the computes, then what keeps them.
+    async fn in_order(
+        self,
+        service: &Arc<Service>,
+        api_run: JoinHandle<std::io::Result<()>>,
+        proxy_run: JoinHandle<()>,
+        service_run: JoinHandle<()>,
+    ) {
+        self.api.cancel();
+        match tokio::time::timeout(API_DRAIN_WITHIN, api_run).await {
+            Ok(ended) => report_join("API", ended.map(drop)),
+            Err(_) => tracing::warn!("requests were still being answered when the API stopped"),
+        }
+        self.proxy.cancel();
+        // The proxy bounds its own draining.
+        report_join("proxy", proxy_run.await);
+        service.suspend_all(SUSPEND_WITHIN).await;
+        self.service.cancel();
+        report_join("timeline service", service_run.await);
+    }
+}
+
+fn report_join(part: &'static str, ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(part, %error, "a part of the server ended by a panic");
+    }
+}
+
+fn bind_proxy(settings: &Settings, endpoints: Arc<ServiceEndpoints>) -> Result<Proxy, Failure> {
+    let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
+    config.domain.clone_from(&settings.domain);
+    Proxy::bind(config, endpoints).map_err(|error| {
+        Failure::internal("cannot start the proxy", &error)
+            .hint("Is another server on that port? --listen names another one.")
+    })
+}
+
+async fn bind_api(addr: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(addr).await.map_err(|error| {
+        Failure::internal(format!("the API cannot listen on {addr}"), &error)
+            .hint("Is another server on that port? --api-listen names another one.")
+    })
+}
+
+fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, Failure> {
+    let exe = std::env::current_exe().map_err(|error| Failure::internal("cannot find this program's file", &error))?;
+    Ok(ServiceConfig {
+        data_dir: settings.data.clone(),
+        exe,
+        default_idle_suspend: settings.idle_suspend,
+        proxy_public_host: settings.public_host.clone(),
+        proxy_public_port: proxy.local_addr().port(),
+        proxy_domain: settings.domain.clone(),
+        ca_pem: Some(proxy.ca_pem_path().to_owned()),
+        min_free_bytes: settings.min_free_bytes,
+    })
+}
+
+/// A failure of the service as a failure of the command.
+fn service_failure(error: ebb_timeline::Error) -> Failure {
+    let failure = Failure::new(error.kind(), "the timeline service cannot start").because(&error);
+    Failure { hint: error.hint(), ..failure }
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Failure> {
+        let on = |kind| {
+            signal(kind).map_err(|error| Failure::new(ErrorKind::Internal, "cannot listen for signals").because(&error))
+        };
+        Ok(Self { interrupt: on(SignalKind::interrupt())?, terminate: on(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// Logs to stderr; `EBB_LOG` filters it (`debug`, `ebb_proxy=trace,info`).
+fn start_logging() {
+    let filter = EnvFilter::try_from_env("EBB_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+fn install_metrics() -> Result<PrometheusHandle, Failure> {
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(|error| Failure::internal("cannot record metrics", &error))
+}
+
+async fn keep_up(metrics: PrometheusHandle, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(METRICS_UPKEEP_EVERY);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        metrics.run_upkeep();
+    }
+}

@@ -1,0 +1,215 @@
+//! What `ebb serve` can be told: options win over the file, the file wins over the defaults.
+//!
+//! Everything is read once, here; every fault is listed before the server refuses to start.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ebb_timeline::service::MIN_FREE_BYTES;
+use ebb_types::{ErrorKind, ProjectName};
+use serde::Serialize;
+
+use crate::args::{ServeArgs, parse_duration};
+use crate::failure::Failure;
+
+/// The keys a settings file may have, each named as its option.
+const KEYS: [&str; 8] =
+    ["data", "bucket", "listen", "api-listen", "public-host", "domain", "idle-suspend", "min-free-bytes"];
+
+/// Effective settings. Their serialized form is a settings file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    /// Everything this node keeps. Default `./.ebb`; made if it is not there.
+    pub data: PathBuf,
+    /// Everything that must outlive the node: a directory path or `file://` URL. Default `DATA/bucket`.
+    pub bucket: String,
+    /// Where Postgres clients connect. Default `127.0.0.1:6432`; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Where the API is served. Default `127.0.0.1:7432`. Loopback only: the API asks nobody who they are.
+    pub api_listen: SocketAddr,
+    /// The host that printed connection URLs name. Default: the address of `listen`, or loopback where that is any.
+    pub public_host: String,
+    /// Endpoints answer to `branch--project.<domain>` where a client sends a host name by TLS. Default `localhost`.
+    pub domain: String,
+    /// How long a compute without work stays up, for branches without a value of their own. Default 5 minutes.
+    #[serde(serialize_with = "as_text")]
+    pub idle_suspend: Duration,
+    /// Bytes that must stay free on the disk of `data`; below, work is refused. Default 64 MiB.
+    pub min_free_bytes: u64,
+    /// Makes this project if there is none at all.
+    #[serde(skip)]
+    pub first_project: Option<ProjectName>,
+}
+
+fn as_text<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{}ms", time.as_millis()))
+}
+
+impl Settings {
+    /// Puts together what was typed, what the file says, and the defaults.
+    ///
+    /// # Errors
+    /// `Invalid`, with one cause for every fault found.
+    pub fn read(args: &ServeArgs) -> Result<Self, Failure> {
+        let file = args.config.as_deref().map(load).transpose()?.unwrap_or_default();
+        let mut faults = unknown_keys(&file);
+        let mut sources = Sources { file: &file, faults: &mut faults };
+
+        let data = sources.text("data", args.data.as_ref().map(|path| path.display().to_string()));
+        let data = PathBuf::from(data.unwrap_or_else(|| ".ebb".to_owned()));
+        let data = std::path::absolute(&data)
+            .map_err(|error| Failure::internal(format!("cannot use the data directory {data:?}"), &error))?;
+        let bucket = sources.text("bucket", args.bucket.clone());
+        let listen = sources.address("listen", args.listen.clone(), "127.0.0.1:6432");
+        let api_listen = sources.address("api-listen", args.api_listen.clone(), "127.0.0.1:7432");
+        let public_host = sources.text("public-host", args.public_host.clone());
+        let domain = sources.text("domain", args.domain.clone());
+        let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
+        let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
+
+        if !api_listen.ip().is_loopback() {
+            faults.push(format!(
+                "api-listen {api_listen} is reachable from other machines, and the API asks nobody who they are: \
+                 use a loopback address, and a tunnel from elsewhere"
+            ));
+        }
+        let idle_suspend = parse_duration(idle_suspend.as_deref().unwrap_or("5m")).unwrap_or_else(|fault| {
+            faults.push(format!("idle-suspend: {fault}"));
+            Duration::ZERO
+        });
+        if !faults.is_empty() {
+            let failure = Failure::new(ErrorKind::Invalid, "the settings are wrong");
+            return Err(Failure { causes: faults, ..failure });
+        }
+        Ok(Self {
+            bucket: bucket.unwrap_or_else(|| data.join("bucket").display().to_string()),
+            data,
+            listen,
+            api_listen,
+            public_host: public_host.unwrap_or_else(|| reachable(listen.ip()).to_string()),
+            domain: domain.unwrap_or_else(|| "localhost".to_owned()),
+            idle_suspend,
+            min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
+            first_project: args.first_project.clone(),
+        })
+    }
+}
+
+/// An address a client on this machine can use where the server listens on all.
+fn reachable(listen: IpAddr) -> IpAddr {
+    match listen {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        ip => ip,
+    }
+}
+
+fn load(path: &Path) -> Result<toml::Table, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Failure::new(ErrorKind::Invalid, format!("cannot read the settings file {path:?}")).because(&error)
+    })?;
+    text.parse().map_err(|error: toml::de::Error| {
+        let failure = Failure::new(ErrorKind::Invalid, format!("the settings file {path:?} is not TOML"));
+        Failure { causes: error.to_string().lines().map(str::to_owned).collect(), ..failure }
+    })
+}
+
+fn unknown_keys(file: &toml::Table) -> Vec<String> {
+    let unknown = file.keys().filter(|key| !KEYS.contains(&key.as_str()));
+    unknown
+        .map(|key| match ebb_types::nearest(key, KEYS).first() {
+            Some(near) => format!("there is no setting {key:?}; did you mean {near:?}?"),
+            None => format!("there is no setting {key:?}; there are {}", KEYS.join(", ")),
+        })
+        .collect()
+}
+
+/// Looks a value up where it may come from, and notes what is wrong with it.
+struct Sources<'a> {
+    file: &'a toml::Table,
+    faults: &'a mut Vec<String>,
+}
+
+impl Sources<'_> {
+    fn text(&mut self, key: &str, option: Option<String>) -> Option<String> {
+        match (option, self.file.get(key)) {
+            (Some(typed), _) => Some(typed),
+            (None, None) => None,
+            (None, Some(toml::Value::String(text))) => Some(text.clone()),
+            (None, Some(other)) => {
+                self.faults.push(format!("{key}: want a text in quotes, not {other}"));
+                None
+            }
+        }
+    }
+
+    fn number(&mut self, key: &str, option: Option<u64>) -> Option<u64> {
+        match (option, self.file.get(key)) {
+            (Some(typed), _) => Some(typed),
+            (None, None) => None,
+            (None, Some(value)) => {
+                let number = value.as_integer().and_then(|n| u64::try_from(n).ok());
+                if number.is_none() {
+                    self.faults.push(format!("{key}: want a whole number of bytes, not {value}"));
+                }
+                number
+            }
+        }
+    }
+
+    fn address(&mut self, key: &str, option: Option<String>, default: &str) -> SocketAddr {
+        let text = self.text(key, option).unwrap_or_else(|| default.to_owned());
+        text.parse().unwrap_or_else(|_| {
+            self.faults.push(format!("{key}: {text:?} is not an address with a port, like {default}"));
+            default.parse().expect("the defaults are addresses")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(file: &str, args: ServeArgs) -> Result<Settings, Vec<String>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ebb.toml");
+        std::fs::write(&path, file).unwrap();
+        Settings::read(&ServeArgs { config: Some(path), ..args }).map_err(|failure| failure.causes)
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_the_file_over_defaults() {
+        let args = ServeArgs { listen: Some("0.0.0.0:1".into()), ..ServeArgs::default() };
+        let settings =
+            read("data = \"/d\"\nlisten = \"127.0.0.1:2\"\nidle-suspend = \"2s\"\nmin-free-bytes = 7", args).unwrap();
+        assert_eq!(settings.data, Path::new("/d"));
+        assert_eq!(settings.bucket, "/d/bucket");
+        assert_eq!(settings.listen.to_string(), "0.0.0.0:1");
+        assert_eq!(settings.public_host, "127.0.0.1");
+        assert_eq!(settings.api_listen.to_string(), "127.0.0.1:7432");
+        assert_eq!((settings.idle_suspend, settings.min_free_bytes), (Duration::from_secs(2), 7));
+    }
+
+    #[test]
+    fn every_fault_is_listed() {
+        let file =
+            "dta = \"x\"\nlisten = \"here\"\napi-listen = \"0.0.0.0:7432\"\nidle-suspend = 5\nmin-free-bytes = -1";
+        let faults = read(file, ServeArgs::default()).unwrap_err();
+        insta::assert_snapshot!(faults.join("\n"), @r#"
+        there is no setting "dta"; did you mean "data"?
+        listen: "here" is not an address with a port, like 127.0.0.1:6432
+        idle-suspend: want a text in quotes, not 5
+        min-free-bytes: want a whole number of bytes, not -1
+        api-listen 0.0.0.0:7432 is reachable from other machines, and the API asks nobody who they are: use a loopback address, and a tunnel from elsewhere
+        "#);
+    }
+
+    #[test]
+    fn printed_settings_are_a_settings_file() {
+        let settings = read("data = \"/d\"", ServeArgs::default()).unwrap();
+        let printed = toml::to_string(&settings).unwrap();
+        assert_eq!(read(&printed, ServeArgs::default()), Ok(settings));
+    }
+}
