@@ -192,14 +192,4 @@ fn line_and_column(sql: &str, position: u32) -> Option<(usize, usize)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::line_and_column;
-
-    #[test]
-    fn places_are_counted_in_characters() {
-        assert_eq!(line_and_column("select 1;\nsélect 2", 11), Some((2, 1)));
-        assert_eq!(line_and_column("é\nx y", 5), Some((2, 3)));
-        assert_eq!(line_and_column("", 1), None);
-        assert_eq!(line_and_column("x", 0), None);
-    }
-}
+mod tests;

@@ -1,19 +1,24 @@
-//! A machine in memory: volumes are sets of rows, layers are frozen ones. It outlives the services run on it.
+//! For tests: a machine in memory: volumes are sets of rows, layers are frozen ones. It outlives the services run on it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex as StdMutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use ebb_compute::control::Status;
-use ebb_types::{BranchId, LayerId, Lsn};
+use ebb_storage::object_store::{self, Bucket};
+use ebb_types::{BranchId, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::Migration;
+use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
 use crate::node::{Line, Node, Roles, Start};
-use crate::{Error, Result};
+use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
 
@@ -246,5 +251,111 @@ impl Node for FakeNode {
 
     fn free_bytes(&self) -> Result<u64> {
         Ok(self.0.lock().free_bytes)
+    }
+}
+
+/// Clients as a test wants them.
+#[derive(Debug, Default)]
+pub struct TestClients {
+    pub activity: StdMutex<Activity>,
+    pub pinned: AtomicBool,
+    pub fenced: StdMutex<Vec<BranchId>>,
+    pub lost: StdMutex<Vec<(BranchId, u64)>>,
+}
+
+#[async_trait]
+impl Clients for TestClients {
+    fn activity(&self, _: BranchId) -> Activity {
+        *self.activity.lock().unwrap()
+    }
+
+    fn sessions(&self, _: BranchId) -> Vec<SessionRow> {
+        Vec::new()
+    }
+
+    async fn fence(&self, branch: BranchId, _: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
+        if self.pinned.load(Ordering::SeqCst) && !end_rest {
+            return Err(vec![SessionRow {
+                conn: 4,
+                role: "app".to_owned(),
+                database: "app".to_owned(),
+                application: String::new(),
+                peer: "127.0.0.1:5".to_owned(),
+                state: "pinned".to_owned(),
+                reason: Some("temporary table".to_owned()),
+                since_seconds: 1.0,
+            }]);
+        }
+        self.fenced.lock().unwrap().push(branch);
+        Ok(())
+    }
+
+    fn release(&self, branch: BranchId) {
+        self.fenced.lock().unwrap().retain(|fenced| *fenced != branch);
+    }
+
+    fn lost(&self, branch: BranchId, generation: u64) {
+        self.lost.lock().unwrap().push((branch, generation));
+    }
+}
+
+/// A machine with its disk and bucket, on which services come and go.
+pub struct Rig {
+    pub dir: tempfile::TempDir,
+    pub node: FakeNode,
+    pub bucket: Bucket,
+    pub clients: Arc<TestClients>,
+}
+
+impl Rig {
+    pub async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+        Self { dir, node: FakeNode::new(), bucket, clients: Arc::default() }
+    }
+
+    pub fn config(&self) -> ServiceConfig {
+        ServiceConfig {
+            data_dir: self.dir.path().join("data"),
+            exe: "/nonexistent".into(),
+            default_idle_suspend: Duration::from_secs(300),
+            proxy_public_host: "127.0.0.1".to_owned(),
+            proxy_public_port: 6432,
+            proxy_domain: "localhost".to_owned(),
+            ca_pem: Some("/tls/ca.pem".into()),
+            min_free_bytes: 1000,
+        }
+    }
+
+    pub async fn open_with(&self, bucket: Bucket) -> Result<Arc<Service>> {
+        let (clients, node) = (self.clients.clone(), Arc::new(self.node.clone()));
+        Service::open_on(self.config(), bucket, clients, node, Arc::new(SystemClock)).await
+    }
+
+    pub async fn open(&self) -> Arc<Service> {
+        self.open_with(self.bucket.clone()).await.unwrap()
+    }
+
+    /// A service as if its process were killed: what it had begun stays as it is.
+    pub async fn kill(&self, service: Arc<Service>) {
+        service.stopping.cancel();
+        service.tasks.close();
+        service.tasks.wait().await;
+        self.clients.fenced.lock().unwrap().clear();
+    }
+
+    pub fn artifact(&self, name: &str, migrations: &[&str]) -> std::path::PathBuf {
+        let dir = self.dir.path().join("source").join(name);
+        fs::create_dir_all(dir.join("migrations")).unwrap();
+        fs::write(dir.join("name"), name).unwrap();
+        for migration in migrations {
+            fs::write(dir.join("migrations").join(migration), "select 1").unwrap();
+        }
+        dir
+    }
+
+    /// What `current` of the project shows.
+    pub fn code(&self) -> Option<String> {
+        fs::read_to_string(self.dir.path().join("data/projects/shop/current/name")).ok()
     }
 }

@@ -17,7 +17,7 @@
 mod branches;
 mod compute;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod projects;
 mod reconcile;
 mod releases;

@@ -1,20 +1,19 @@
 //! Operations over a machine in memory: what they do, and what a crash after any record of the ledger leaves.
 
-use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex as StdMutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use ebb_storage::object_store::{self, Bucket, ObjectMeta, ObjectStore, Put};
+use ebb_storage::object_store::{Bucket, ObjectMeta, ObjectStore, Put};
 use ebb_types::{BranchId, ErrorKind};
 
-use super::fake::{FakeNode, Rows};
+use super::fake::{Rig, Rows};
 use super::*;
 use crate::api::types as api;
-use crate::clients::{Activity, Clients, NoClients, SessionRow};
+use crate::clients::NoClients;
 
 /// A bucket whose writer is killed at its n-th "put if absent": before the object is there, or after.
 #[derive(Debug)]
@@ -86,112 +85,6 @@ impl ObjectStore for Dying {
     async fn delete(&self, key: &str) -> ebb_storage::Result<()> {
         self.alive(key)?;
         self.inner.delete(key).await
-    }
-}
-
-/// Clients as a test wants them.
-#[derive(Debug, Default)]
-struct TestClients {
-    activity: StdMutex<Activity>,
-    pinned: AtomicBool,
-    fenced: StdMutex<Vec<BranchId>>,
-    lost: StdMutex<Vec<(BranchId, u64)>>,
-}
-
-#[async_trait]
-impl Clients for TestClients {
-    fn activity(&self, _: BranchId) -> Activity {
-        *self.activity.lock().unwrap()
-    }
-
-    fn sessions(&self, _: BranchId) -> Vec<SessionRow> {
-        Vec::new()
-    }
-
-    async fn fence(&self, branch: BranchId, _: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
-        if self.pinned.load(Ordering::SeqCst) && !end_rest {
-            return Err(vec![SessionRow {
-                conn: 4,
-                role: "app".to_owned(),
-                database: "app".to_owned(),
-                application: String::new(),
-                peer: "127.0.0.1:5".to_owned(),
-                state: "pinned".to_owned(),
-                reason: Some("temporary table".to_owned()),
-                since_seconds: 1.0,
-            }]);
-        }
-        self.fenced.lock().unwrap().push(branch);
-        Ok(())
-    }
-
-    fn release(&self, branch: BranchId) {
-        self.fenced.lock().unwrap().retain(|fenced| *fenced != branch);
-    }
-
-    fn lost(&self, branch: BranchId, generation: u64) {
-        self.lost.lock().unwrap().push((branch, generation));
-    }
-}
-
-/// A machine with its disk and bucket, on which services come and go.
-struct Rig {
-    dir: tempfile::TempDir,
-    node: FakeNode,
-    bucket: Bucket,
-    clients: Arc<TestClients>,
-}
-
-impl Rig {
-    async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
-        Self { dir, node: FakeNode::new(), bucket, clients: Arc::default() }
-    }
-
-    fn config(&self) -> ServiceConfig {
-        ServiceConfig {
-            data_dir: self.dir.path().join("data"),
-            exe: "/nonexistent".into(),
-            default_idle_suspend: Duration::from_secs(300),
-            proxy_public_host: "127.0.0.1".to_owned(),
-            proxy_public_port: 6432,
-            proxy_domain: "localhost".to_owned(),
-            ca_pem: Some("/tls/ca.pem".into()),
-            min_free_bytes: 1000,
-        }
-    }
-
-    async fn open_with(&self, bucket: Bucket) -> Result<Arc<Service>> {
-        let (clients, node) = (self.clients.clone(), Arc::new(self.node.clone()));
-        Service::open_on(self.config(), bucket, clients, node, Arc::new(SystemClock)).await
-    }
-
-    async fn open(&self) -> Arc<Service> {
-        self.open_with(self.bucket.clone()).await.unwrap()
-    }
-
-    /// A service as if its process were killed: what it had begun stays as it is.
-    async fn kill(&self, service: Arc<Service>) {
-        service.stopping.cancel();
-        service.tasks.close();
-        service.tasks.wait().await;
-        self.clients.fenced.lock().unwrap().clear();
-    }
-
-    fn artifact(&self, name: &str, migrations: &[&str]) -> std::path::PathBuf {
-        let dir = self.dir.path().join("source").join(name);
-        fs::create_dir_all(dir.join("migrations")).unwrap();
-        fs::write(dir.join("name"), name).unwrap();
-        for migration in migrations {
-            fs::write(dir.join("migrations").join(migration), "select 1").unwrap();
-        }
-        dir
-    }
-
-    /// What `current` of the project shows.
-    fn code(&self) -> Option<String> {
-        fs::read_to_string(self.dir.path().join("data/projects/shop/current/name")).ok()
     }
 }
 

@@ -1,6 +1,8 @@
 //! The state as the API shows it.
 
-use ebb_types::{BranchId, BranchRef, EndpointName, Timestamp};
+use std::collections::HashMap;
+
+use ebb_types::{BranchId, BranchRef, EndpointName, OperationId, Timestamp};
 
 use super::{Project, Service};
 use crate::api::types as api;
@@ -103,6 +105,8 @@ pub(super) fn rollback_view(state: &ProjectState, plan: &Plan) -> Result<api::Ro
 #[derive(Debug, Default)]
 pub(super) struct Reader {
     state: ProjectState,
+    /// What each operation is about, as its first entry told it: later on the names may be gone.
+    on: HashMap<OperationId, String>,
 }
 
 impl Reader {
@@ -116,11 +120,15 @@ impl Reader {
             _ => None,
         });
         let plan = begun.or(before);
-        // Names are looked up before and after: the entry may take a branch away, or make it.
+        // Names are looked up before the entry takes them away, or else after it has made them.
         let on_before = plan.as_ref().and_then(|plan| self.on(plan));
         // A fault of the chain is `verify`'s to tell; here an entry that cannot be folded only lacks names.
         let _ = self.state.apply(entry);
-        let on = on_before.or_else(|| plan.as_ref().and_then(|plan| self.on(plan)));
+        let told = entry.op.and_then(|op| self.on.get(&op).cloned());
+        let on = told.or(on_before).or_else(|| plan.as_ref().and_then(|plan| self.on(plan)));
+        if let (Some(op), Some(on)) = (entry.op, &on) {
+            self.on.insert(op, on.clone());
+        }
         let sealed = || {
             entry.events.iter().find_map(|event| match event {
                 Event::BranchSealed { branch, .. } => self.branch_name(*branch),
