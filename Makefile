@@ -1,0 +1,32 @@
+# Two commands: `make run` and `make test`. Each installs what is missing first, and says so (scripts/setup).
+
+SHELL := /bin/bash
+export PATH := $(PATH):$(CURDIR)/.cache/tools/bin
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+EBB := $(TARGET)/debug/ebb
+# Mounting volumes needs root.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=EBB_LOG,EBB_PG_BIN)
+# Options for `ebb serve`: make run SERVE='--data /var/lib/ebb'
+SERVE ?=
+
+.PHONY: help run test bench
+.DEFAULT_GOAL := help
+
+help: ## Show this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+run: ## Build and start `ebb serve` in ./.ebb, make a first project, print its URLs; Ctrl-C stops it
+	scripts/setup run
+	cargo build -p ebb-cli
+	@exec $(SUDO) $(EBB) serve --first-project shop $(SERVE)
+
+test: ## Run every test: unit, integration against real PostgreSQL, end to end
+	scripts/setup test
+	cargo build -p ebb-cli
+	cargo nextest run --workspace
+
+bench: ## Measure Ebb against its peers; prints ratios
+	scripts/setup bench
+	cargo build --release -p ebb-cli -p ebb-benches
+	$(SUDO) $(TARGET)/release/ebb-benches
