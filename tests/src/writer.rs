@@ -1,0 +1,82 @@
+//! A client that writes numbered rows and remembers which of them were acknowledged.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, NoTls};
+
+/// Writes rows 1, 2, 3 … into table `acknowledged`, each in its own transaction, connecting again whenever it must.
+#[derive(Debug)]
+pub struct Writer {
+    stop: Arc<AtomicBool>,
+    last: Arc<AtomicI64>,
+    task: JoinHandle<Vec<String>>,
+}
+
+impl Writer {
+    /// Makes the table and begins.
+    pub async fn start(url: String) -> Self {
+        let client = open(&url).await.expect("a writer can connect");
+        client
+            .batch_execute("create table if not exists acknowledged (n bigint primary key)")
+            .await
+            .expect("a writer can make its table");
+        let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+        let task = tokio::spawn(write(url, client, stop.clone(), last.clone()));
+        Self { stop, last, task }
+    }
+
+    /// The highest row that was acknowledged so far.
+    pub fn last(&self) -> i64 {
+        self.last.load(Ordering::SeqCst)
+    }
+
+    /// Waits until `rows` more rows have been acknowledged.
+    pub async fn progress(&self, rows: i64) {
+        let goal = self.last() + rows;
+        crate::wait_until("the writer to get on", || async { self.last() >= goal }).await;
+    }
+
+    /// Stops; answers the highest acknowledged row, and the errors it was given on the way.
+    pub async fn stop(self) -> (i64, Vec<String>) {
+        self.stop.store(true, Ordering::SeqCst);
+        let errors = self.task.await.expect("a writer does not panic");
+        (self.last.load(Ordering::SeqCst), errors)
+    }
+}
+
+async fn open(url: &str) -> Result<Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    Ok(client)
+}
+
+async fn write(url: String, mut client: Client, stop: Arc<AtomicBool>, last: Arc<AtomicI64>) -> Vec<String> {
+    let mut errors = Vec::new();
+    let mut n = 1;
+    while !stop.load(Ordering::SeqCst) {
+        // A row whose acknowledgement was lost may be there already: writing it again is no fault.
+        let insert = "insert into acknowledged values ($1) on conflict do nothing";
+        match client.execute(insert, &[&n]).await {
+            Ok(_) => {
+                last.store(n, Ordering::SeqCst);
+                n += 1;
+            }
+            Err(error) => {
+                let told = error.as_db_error().map(|db| format!("{} {}", db.code().code(), db.message()));
+                errors.push(told.unwrap_or_else(|| error.to_string()));
+                if client.is_closed() {
+                    match open(&url).await {
+                        Ok(fresh) => client = fresh,
+                        Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                    }
+                }
+            }
+        }
+    }
+    errors
+}

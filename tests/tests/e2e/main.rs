@@ -1,0 +1,11 @@
+//! End to end: the built binary, stock Postgres, psql, pgbench, tokio-postgres and psycopg.
+
+mod branches;
+mod connections;
+mod kills;
+mod node_loss;
+mod postgres_life;
+mod quick_start;
+mod releases;
+mod restore;
+mod sleep;
