@@ -29,4 +29,4 @@ test: ## Run every test: unit, integration against real PostgreSQL, end to end
 bench: ## Measure Ebb against its peers; prints ratios
 	scripts/setup bench
 	cargo build --release -p ebb-cli -p ebb-benches
-	$(SUDO) $(TARGET)/release/ebb-benches
+	$(SUDO) $(TARGET)/release/ebb-bench all
