@@ -447,7 +447,7 @@ fn free_checkpoint_name(branch: &Branch, wanted: &str) -> CheckpointName {
 
 /// The entry that begins an act; for an act without steps it is the whole of it.
 fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Result<Vec<Event>, Refusal> {
-    let mut events = vec![Event::OperationBegun { plan: plan.clone(), key }];
+    let mut events = vec![Event::OperationBegun { plan: Box::new(plan.clone()), key }];
     match (&plan, ask) {
         (Plan::CreateBranch { branch, name, parent, layer: Some(layer), .. }, _) => events.push(Event::BranchCreated {
             branch: *branch,

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ebb_types::{BranchName, CheckpointName, ErrorKind, Hint, OperationId, ProjectName, SqlState};
+use ebb_types::{BranchId, BranchName, CheckpointName, ErrorKind, Hint, OperationId, ProjectName, SqlState};
 
 /// The result of an act of the service.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -30,6 +30,9 @@ pub enum Refusal {
         /// Names like it.
         near: Vec<String>,
     },
+    /// The branch was deleted meanwhile.
+    #[error("branch {0} was deleted")]
+    Gone(BranchId),
     /// No checkpoint of that name on the branch.
     #[error("branch {branch:?} has no checkpoint {name:?}")]
     NoCheckpoint {
@@ -132,6 +135,7 @@ impl Refusal {
         match self {
             Refusal::NoProject { .. }
             | Refusal::NoBranch { .. }
+            | Refusal::Gone(_)
             | Refusal::NoCheckpoint { .. }
             | Refusal::NoRelease { .. } => ErrorKind::NotFound,
             Refusal::Taken { .. }
@@ -167,7 +171,7 @@ impl Hint for Refusal {
             Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
             Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),
             Refusal::Unconfirmed(name) => Some(format!("Repeat the request with confirm={name}.")),
-            Refusal::Invalid(_) | Refusal::TooLate(_) => None,
+            Refusal::Gone(_) | Refusal::Invalid(_) | Refusal::TooLate(_) => None,
         }
     }
 }

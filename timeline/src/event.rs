@@ -128,7 +128,7 @@ pub enum Event {
     /// An act was accepted. Every other event of the act comes after this one, under the same operation id.
     OperationBegun {
         /// All that it takes to carry it out, or to give it up.
-        plan: Plan,
+        plan: Box<Plan>,
         /// The caller's idempotency key.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         key: Option<Key>,

@@ -269,6 +269,15 @@ impl<F: Fold> Ledger<F> {
         Err(Error::Deadline("appending to the ledger"))
     }
 
+    /// Finds out what became of an append whose outcome was not known.
+    ///
+    /// # Errors
+    /// If the bucket still cannot be read.
+    pub async fn settle(&self) -> Result<()> {
+        let mut tail = self.tail.lock().await;
+        if tail.unsure { self.catch_up(&mut tail).await } else { Ok(()) }
+    }
+
     /// Reads the whole chain again from the bucket and checks it, also against what this process wrote last.
     ///
     /// # Errors

@@ -206,12 +206,8 @@ impl ProjectState {
     /// # Errors
     /// If it was deleted.
     pub fn branch_by_id(&self, id: BranchId) -> Result<&Branch, Refusal> {
-        let project = &self.facts()?.name;
-        self.branches.get(&id).ok_or_else(|| Refusal::NoBranch {
-            project: project.clone(),
-            name: id.to_string(),
-            near: Vec::new(),
-        })
+        self.facts()?;
+        self.branches.get(&id).ok_or(Refusal::Gone(id))
     }
 
     /// Finds a release by its name.

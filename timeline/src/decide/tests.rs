@@ -36,7 +36,10 @@ impl Model {
         model.record(
             op,
             vec![
-                Event::OperationBegun { plan: Plan::CreateProject { name: "shop".parse().unwrap() }, key: None },
+                Event::OperationBegun {
+                    plan: Box::new(Plan::CreateProject { name: "shop".parse().unwrap() }),
+                    key: None,
+                },
                 Event::ProjectCreated {
                     project: ProjectId::for_test(1),
                     name: "shop".parse().unwrap(),

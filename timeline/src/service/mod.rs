@@ -272,7 +272,7 @@ impl Service {
     fn project_of(&self, branch: BranchId) -> Result<Arc<Project>> {
         let projects = self.projects.read();
         let found = projects.values().find(|project| project.ledger.state().branches.contains_key(&branch)).cloned();
-        found.ok_or_else(|| Refusal::TooLate(format!("branch {branch} is gone")).into())
+        found.ok_or_else(|| Refusal::Gone(branch).into())
     }
 
     fn all_projects(&self) -> Vec<Arc<Project>> {

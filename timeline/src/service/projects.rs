@@ -140,7 +140,7 @@ impl Service {
             rescue_until: None,
         };
         let events = vec![
-            Event::OperationBegun { plan: Plan::CreateProject { name: request.name.clone() }, key: None },
+            Event::OperationBegun { plan: Box::new(Plan::CreateProject { name: request.name.clone() }), key: None },
             Event::ProjectCreated {
                 project: id,
                 name: request.name.clone(),
@@ -293,7 +293,7 @@ impl Service {
             self.discard_locked(project, branch).await?;
             self.node.remove_branch(branch).await?;
         }
-        let plan = Plan::DeleteProject { name: project.name.clone() };
+        let plan = Box::new(Plan::DeleteProject { name: project.name.clone() });
         project
             .ledger
             .append(actor, Some(OperationId::generate()), |state| {
@@ -342,6 +342,9 @@ impl Service {
 
     /// Finishes what a crash or an unreachable bucket left of making and deleting projects.
     pub(super) async fn recover_catalog(self: &Arc<Self>) {
+        if let Err(error) = self.catalog.settle().await {
+            return self.report("reading the catalog", &error);
+        }
         for (&id, listed) in &self.catalog.state().projects {
             if listed.standing == Standing::Live {
                 continue;

@@ -96,7 +96,7 @@ impl Service {
                 }
                 let events = decide(state, &command)?;
                 let plan = events.iter().find_map(|event| match event {
-                    Event::OperationBegun { plan, .. } => Some(plan.clone()),
+                    Event::OperationBegun { plan, .. } => Some(Plan::clone(plan)),
                     _ => None,
                 });
                 let plan = plan.ok_or(Error::Lost("the decision"))?;
@@ -309,6 +309,10 @@ impl Service {
     pub(super) async fn recover(self: &Arc<Self>) {
         self.recover_catalog().await;
         for project in self.all_projects() {
+            if let Err(error) = project.ledger.settle().await {
+                self.report("reading a ledger", &error);
+                continue;
+            }
             for (op, operation) in &project.ledger.state().operations {
                 if project.driven.lock().contains(op) {
                     continue;

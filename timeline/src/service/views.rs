@@ -116,7 +116,7 @@ impl Reader {
         let entry = &chained.entry;
         let before = entry.op.and_then(|op| self.state.operations.get(&op)).map(|operation| operation.plan.clone());
         let begun = entry.events.iter().find_map(|event| match event {
-            Event::OperationBegun { plan, .. } => Some(plan.clone()),
+            Event::OperationBegun { plan, .. } => Some(Plan::clone(plan)),
             _ => None,
         });
         let plan = begun.or(before);
@@ -213,7 +213,7 @@ pub(super) fn encode_query(text: &str) -> String {
 /// Seconds as text asks for them, as a duration in milliseconds.
 pub(super) fn seconds_to_ms(seconds: f64) -> Result<u64> {
     let ms = (seconds * 1000.0).round();
-    if !ms.is_finite() || ms < 0.0 || ms > 1e15 {
+    if !(0.0..=1e15).contains(&ms) {
         return Err(Refusal::Invalid(format!("idle_suspend_seconds cannot be {seconds}")).into());
     }
     Ok(ms as u64)
