@@ -7,6 +7,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 EBB := $(TARGET)/debug/ebb
 # Mounting volumes needs root.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=EBB_LOG,EBB_PG_BIN)
+# … and so do the tests that mount: where the user is not root, test programs are run through sudo.
+RUNNER := $(if $(filter 0,$(shell id -u)),,CARGO_TARGET_$(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER='sudo --preserve-env')
 # Options for `ebb serve`: make run SERVE='--data /var/lib/ebb'
 SERVE ?=
 
@@ -24,7 +26,7 @@ run: ## Build and start `ebb serve` in ./.ebb, make a first project, print its U
 test: ## Run every test: unit, integration against real PostgreSQL, end to end
 	scripts/setup test
 	cargo build -p ebb-cli
-	cargo nextest run --workspace
+	$(RUNNER) cargo nextest run --workspace
 
 bench: ## Measure Ebb against its peers; prints ratios
 	scripts/setup bench

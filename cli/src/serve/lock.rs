@@ -55,7 +55,7 @@ fn held(data: &Path, mut file: File) -> Failure {
         "" => "another `ebb serve`".to_owned(),
         pid => format!("the `ebb serve` with process number {pid}"),
     };
-    Failure::new(ErrorKind::Conflict, format!("{who} is using the data directory {data:?}"))
+    Failure::new(ErrorKind::Conflict, format!("the data directory {data:?} is in use by {who}"))
         .hint("Stop that one, or give this one a directory of its own with --data.")
 }
 

@@ -95,20 +95,49 @@ fn a_second_server_on_the_same_data_says_who_holds_it() {
         .expect("ebb can be started");
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success());
-    assert!(said.contains("in use") || said.contains("already"), "{said}");
+    assert_eq!(out.status.code(), Some(4), "{said}");
+    assert!(said.contains("in use") && said.contains(&node.server_pid().to_string()), "{said}");
+}
+
+/// `ebb serve` with something of the machine hidden by `hide`, in a mount namespace of its own; it must not start.
+fn refused_start(node: &Node, hide: &str) -> String {
+    let serve = node.serve_command();
+    let out = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &format!("{hide} && exec \"$0\" \"$@\"")])
+        .arg(serve.get_program())
+        .args(serve.get_args())
+        .output()
+        .expect("unshare can be started");
+    assert_eq!(out.status.code(), Some(1), "{out:?}");
+    String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
 #[test]
-fn an_unusable_data_directory_is_said_at_start() {
+fn what_a_machine_lacks_is_said_at_start_with_what_to_do() {
+    let said = refused_start(&Node::prepare(), "mount -t tmpfs none /usr/lib/postgresql");
+    assert!(said.contains("no Postgres server") && said.contains("postgresql-15"), "{said}");
+    let said = refused_start(&Node::prepare(), "mount -t tmpfs none /dev");
+    assert!(said.contains("/dev/fuse") && said.contains("fuse3"), "{said}");
     let node = Node::prepare();
-    let file = node.scratch().join("file");
-    std::fs::write(&file, "not a directory").expect("a file can be written");
-    let out =
-        node.serve_command().arg("--data").arg(file.join("data")).output().or_else(|_| node.serve_command().output());
-    let out = out.expect("ebb can be started");
-    assert!(!out.status.success());
-    let missing = node.serve_command().env("PATH", "/nowhere").env("EBB_PG_BIN", "/nowhere").arg("--help").output();
-    assert!(missing.expect("ebb can be started").status.success());
+    let read_only = format!("mount -t tmpfs -o ro none '{}'", node.scratch().display());
+    let said = refused_start(&node, &read_only);
+    assert!(said.contains("cannot be written") && said.contains("--data"), "{said}");
+}
+
+#[test]
+fn a_taken_port_is_said_at_start() {
+    let node = Node::start();
+    for option in ["--listen", "--api-listen"] {
+        let taken = if option == "--listen" { node.proxy_port } else { node.api_port };
+        let other = if option == "--listen" { "--api-listen" } else { "--listen" };
+        let out = Command::new(node.serve_command().get_program())
+            .args(["serve", option, &format!("127.0.0.1:{taken}"), other, "127.0.0.1:0", "--data"])
+            .arg(node.scratch().join("other"))
+            .output()
+            .expect("ebb can be started");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains(&taken.to_string()) && said.contains(option), "{said}");
+    }
 }
 
 #[test]
