@@ -210,13 +210,20 @@ impl LocalNode {
         self.branch_dir(branch).join("line")
     }
 
-    /// Removes the volume, and the roles that its compute had published.
+    /// Removes the volume, and the roles that its compute had published. Sealed layers are elsewhere, and stay.
+    ///
+    /// CRASH: `volume.json` goes first: without it there is no volume, whatever is left of its parts.
     async fn clear(&self, branch: BranchId) -> Result<()> {
-        let dirs = self.dirs(branch);
+        let dir = self.branch_dir(branch);
         blocking("removing a volume", move || {
-            files::remove_file(&dirs.branch.join("roles.json"))?;
-            files::remove_file(&dirs.branch.join("volume.json"))?;
-            files::remove_dir(&dirs.branch.join("wal"))
+            if !dir.exists() {
+                return Ok(());
+            }
+            files::remove_file(&dir.join("volume.json"))?;
+            files::sync_dir(&dir)?;
+            files::remove_file(&dir.join("roles.json"))?;
+            files::remove_dir(&dir.join("uppers"))?;
+            files::remove_dir(&dir.join("wal"))
         })
         .await
     }
