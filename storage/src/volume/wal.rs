@@ -1,0 +1,248 @@
+//! The WAL that goes with an image: captured when a volume is sealed, handed on when one is made.
+//!
+//! `wal/` of a branch is Postgres' `pg_wal`, a plain directory. A segment that is complete never changes again
+//! (`wal_recycle` is off) and is shared by hard links; one that may still be written is copied.
+//!
+//! **Crash**: Postgres may delete segments while they are captured. So before and right after the moment of the seal,
+//! [`hold`] links whatever is there into a directory of the upper; [`capture`] then works from that, at leisure and as
+//! often as it takes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use super::image::{next_data, read_up_to};
+use super::upper::{remove_dir, sync_dir};
+use crate::error::{Error, LocalContext, Result};
+use crate::layer::{BLOCK_BYTES, ImageInfo, is_zero, wal_files_in};
+use crate::pg_files::WalSegment;
+
+/// Size of a page of WAL in the default build (`XLOG_BLCKSZ`), and of the headers pages begin with
+/// (PostgreSQL 15, `src/include/access/xlog_internal.h`: `XLogPageHeaderData`, `XLogLongPageHeaderData`).
+const PAGE_BYTES: u64 = 8192;
+const SHORT_HEADER_BYTES: u64 = 24;
+const LONG_HEADER_BYTES: u64 = 40;
+
+/// `XLP_FIRST_IS_CONTRECORD`: the page begins with the rest of a record.
+const CONTINUES: u16 = 1;
+
+/// What the first byte of every supported version's `XLOG_PAGE_MAGIC` is (14: 0xD10D, 18: 0xD118).
+const MAGIC_HIGH_BYTE: u16 = 0xD1;
+
+/// Links every segment and history file of `wal` into `hold`, completed or not. Only to keep them from vanishing:
+/// what is held may still be written to.
+pub(super) fn hold(wal: &Path, hold: &Path, image: &ImageInfo) -> Result<()> {
+    fs::create_dir_all(hold).on("create", hold)?;
+    let first = first_segment(image);
+    for entry in fs::read_dir(wal).on("list", wal)? {
+        let entry = entry.on("list", wal)?;
+        let name = entry.file_name();
+        let Some(text) = name.to_str() else { continue };
+        let segment = WalSegment::parse(text, image.wal_segment_bytes);
+        if segment.is_none_or(|segment| segment < first) && !is_history(text) {
+            continue;
+        }
+        let held = hold.join(&name);
+        match fs::hard_link(entry.path(), &held) {
+            // Already held, or deleted by Postgres since it was listed.
+            Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => {}
+            linked => linked.on("link", &held)?,
+        }
+    }
+    Ok(())
+}
+
+fn first_segment(image: &ImageInfo) -> WalSegment {
+    WalSegment::holding(image.redo, image.pg_timeline, image.wal_segment_bytes)
+}
+
+fn is_history(name: &str) -> bool {
+    name.len() == 16 && name.ends_with(".history")
+}
+
+/// Fills `into`, anew, with the WAL that starting on the image needs: from its redo point on, whatever is held.
+///
+/// # Errors
+/// `Corrupt` when there is a gap.
+pub(super) fn capture(hold: &Path, into: &Path, image: &ImageInfo) -> Result<()> {
+    remove_dir(into)?;
+    fs::create_dir_all(into).on("create", into)?;
+    let mut held = segments_in(hold, image)?;
+    held.retain(|segment, path| *segment >= first_segment(image) && has_begun(path, segment));
+    let mut expected = first_segment(image);
+    for (segment, path) in &held {
+        if *segment != expected {
+            break;
+        }
+        give(path, &into.join(segment.file_name()), image, held.get(&segment.next()), segment)?;
+        expected = segment.next();
+    }
+    let last = held.keys().next_back();
+    if expected == first_segment(image) || last.is_some_and(|last| *last >= expected) {
+        let why = format!("segment {} is missing; the image needs WAL from {}", expected.file_name(), image.redo);
+        return Err(Error::Corrupt { what: format!("the WAL in {hold:?}"), why });
+    }
+    give_history(hold, into)?;
+    sync_dir(into)
+}
+
+/// Fills `wal`, anew, with the WAL of a layer.
+pub(super) fn seed(layer_wal: &Path, wal: &Path, image: &ImageInfo) -> Result<()> {
+    remove_dir(wal)?;
+    fs::create_dir_all(wal).on("create", wal)?;
+    let segments = segments_in(layer_wal, image)?;
+    for (segment, path) in &segments {
+        give(path, &wal.join(segment.file_name()), image, segments.get(&segment.next()), segment)?;
+    }
+    give_history(layer_wal, wal)?;
+    sync_dir(wal)
+}
+
+/// Whether Postgres wrote WAL since the layer was sealed.
+pub(super) fn changed_since(wal: &Path, layer_wal: &Path, image: &ImageInfo) -> Result<bool> {
+    let sealed = segments_in(layer_wal, image)?;
+    for (segment, path) in segments_in(wal, image)? {
+        if segment < first_segment(image) || !has_begun(&path, &segment) {
+            continue;
+        }
+        match sealed.get(&segment) {
+            Some(other) if is_same(&path, other)? => {}
+            _ => return Ok(true),
+        }
+    }
+    Ok(false)
+}
+
+/// The segments in a directory, on the image's Postgres timeline, in order. An absent directory has none.
+fn segments_in(dir: &Path, image: &ImageInfo) -> Result<BTreeMap<WalSegment, PathBuf>> {
+    let mut segments = BTreeMap::new();
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(segments),
+        entries => entries.on("list", dir)?,
+    };
+    for entry in entries {
+        let entry = entry.on("list", dir)?;
+        let segment = entry.file_name().to_str().and_then(|name| WalSegment::parse(name, image.wal_segment_bytes));
+        if let Some(segment) = segment.filter(|segment| segment.pg_timeline == image.pg_timeline) {
+            segments.insert(segment, entry.path());
+        }
+    }
+    Ok(segments)
+}
+
+/// Links a segment that is complete, or copies one that may still be written.
+fn give(from: &Path, to: &Path, image: &ImageInfo, next: Option<&PathBuf>, segment: &WalSegment) -> Result<()> {
+    if next.is_some_and(|next| is_behind(next, &segment.next())) {
+        match rustix::fs::link(from, to) {
+            Ok(()) => return File::open(to).and_then(|file| file.sync_data()).on("sync", to),
+            Err(Errno::XDEV | Errno::MLINK | Errno::PERM) => {}
+            Err(errno) => return Err(errno).on("link", to),
+        }
+    }
+    copy_sparse(from, to, u64::from(image.wal_segment_bytes))
+}
+
+fn give_history(from: &Path, to: &Path) -> Result<()> {
+    let Ok(files) = wal_files_in(from) else { return Ok(()) };
+    for (name, path) in files.into_iter().filter(|(name, _)| is_history(name)) {
+        let copy = to.join(name);
+        fs::copy(&path, &copy).on("copy", &path)?;
+        File::open(&copy).and_then(|file| file.sync_all()).on("sync", &copy)?;
+    }
+    Ok(())
+}
+
+/// Copies what is not zeroes, as it is at this moment, and syncs the copy.
+///
+/// Postgres may be appending. What it wrote before is copied whole; the page it is writing may be copied half, as a
+/// power cut might leave it, and recovery ends before it.
+fn copy_sparse(from: &Path, to: &Path, size: u64) -> Result<()> {
+    let source = File::open(from).on("open", from)?;
+    let copy = File::create(to).on("create", to)?;
+    copy.set_len(size).on("write", to)?;
+    let mut page = vec![0; BLOCK_BYTES as usize];
+    let length = source.metadata().on("read", from)?.len().min(size);
+    let mut at = 0;
+    while let Some((start, end)) = next_data(&source, at, length).on("read", from)? {
+        at = start - start % BLOCK_BYTES;
+        while at < end {
+            let wanted = (length - at).min(BLOCK_BYTES) as usize;
+            page[wanted..].fill(0);
+            read_up_to(&source, &mut page[..wanted], at).on("read", from)?;
+            if !is_zero(&page) {
+                copy.write_all_at(&page[..wanted], at).on("write", to)?;
+            }
+            at += BLOCK_BYTES;
+        }
+    }
+    copy.sync_all().on("sync", to)
+}
+
+/// The header of a page of WAL.
+struct PageHeader {
+    continues: bool,
+    /// How much of the record that the page begins with was still to come.
+    rest_bytes: u64,
+}
+
+/// The header of a page of a segment, if the page was begun.
+fn page_header(file: &File, segment: &WalSegment, page: u64) -> Option<PageHeader> {
+    let mut bytes = [0; SHORT_HEADER_BYTES as usize];
+    file.read_exact_at(&mut bytes, page * PAGE_BYTES).ok()?;
+    let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    let address = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
+    if u16_at(0) >> 8 != MAGIC_HIGH_BYTE || address != segment.start().0 + page * PAGE_BYTES {
+        return None;
+    }
+    let rest = u32::from_le_bytes(bytes[16..20].try_into().expect("four bytes"));
+    Some(PageHeader { continues: u16_at(2) & CONTINUES != 0, rest_bytes: u64::from(rest) })
+}
+
+fn has_begun(path: &Path, segment: &WalSegment) -> bool {
+    File::open(path).is_ok_and(|file| page_header(&file, segment, 0).is_some())
+}
+
+/// Whether the WAL has come so far into this segment that the one before it will never be written again, not even by
+/// a recovery that finds the WAL to end here.
+///
+/// A record that crosses the boundary must be there whole: recovery throws away a record that is not, and goes on
+/// writing where it began. It is whole if a page after the one it ends in was begun.
+fn is_behind(path: &Path, segment: &WalSegment) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let Some(header) = page_header(&file, segment, 0) else { return false };
+    let rest = if header.continues { header.rest_bytes } else { 0 };
+    let first = PAGE_BYTES - LONG_HEADER_BYTES;
+    let more = rest.saturating_sub(first).div_ceil(PAGE_BYTES - SHORT_HEADER_BYTES);
+    page_header(&file, segment, more + 1).is_some()
+}
+
+/// Whether two segments are the same file, or the same bytes with zeroes for what one lacks.
+fn is_same(a: &Path, b: &Path) -> Result<bool> {
+    let open = |path: &Path| {
+        let file = File::open(path).on("open", path)?;
+        let meta = file.metadata().on("read", path)?;
+        Ok((file, meta))
+    };
+    let ((a_file, a_meta), (b_file, b_meta)) = (open(a)?, open(b)?);
+    if (a_meta.dev(), a_meta.ino()) == (b_meta.dev(), b_meta.ino()) {
+        return Ok(true);
+    }
+    let (mut left, mut right) = (vec![0; COMPARE_BYTES], vec![0; COMPARE_BYTES]);
+    for at in (0..a_meta.len().max(b_meta.len())).step_by(COMPARE_BYTES) {
+        left.fill(0);
+        right.fill(0);
+        read_up_to(&a_file, &mut left, at).on("read", a)?;
+        read_up_to(&b_file, &mut right, at).on("read", b)?;
+        if left != right {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// LIMIT: compared at once; segments are at least this large.
+const COMPARE_BYTES: usize = 1 << 20;
