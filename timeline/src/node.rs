@@ -210,20 +210,12 @@ impl LocalNode {
         self.branch_dir(branch).join("line")
     }
 
-    /// Removes the volume, and the roles that its compute had published. Sealed layers are elsewhere, and stay.
-    ///
-    /// CRASH: `volume.json` goes first: without it there is no volume, whatever is left of its parts.
+    /// Removes the volume, and the roles that its compute had published: a new volume would keep them otherwise.
     async fn clear(&self, branch: BranchId) -> Result<()> {
-        let dir = self.branch_dir(branch);
+        let dirs = self.dirs(branch);
         blocking("removing a volume", move || {
-            if !dir.exists() {
-                return Ok(());
-            }
-            files::remove_file(&dir.join("volume.json"))?;
-            files::sync_dir(&dir)?;
-            files::remove_file(&dir.join("roles.json"))?;
-            files::remove_dir(&dir.join("uppers"))?;
-            files::remove_dir(&dir.join("wal"))
+            Volume::remove(&dirs)?;
+            files::remove_file(&dirs.branch.join("roles.json"))
         })
         .await
     }
