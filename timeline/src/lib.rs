@@ -15,6 +15,8 @@ pub mod node;
 mod secrets;
 pub mod service;
 pub mod state;
+#[cfg(test)]
+mod test_postgres;
 
 pub use error::{Error, Refusal, Result};
 pub use service::{Answer, AwakeUnit, Caller, FoundEndpoint, MIN_FREE_BYTES, Service, ServiceConfig};

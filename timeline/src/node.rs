@@ -443,3 +443,6 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Lost(act))?
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
+use crate::test_postgres::{initdb, unprivileged};
 use ebb_types::ErrorKind;
 
 #[test]
@@ -30,42 +31,10 @@ impl Drop for Cluster {
     }
 }
 
-/// The newest server on this machine (`EBB_PG_BIN`, or Debian's place).
-fn server_bin() -> PathBuf {
-    if let Ok(bin) = std::env::var("EBB_PG_BIN") {
-        return bin.split(':').next().unwrap().into();
-    }
-    let mut found: Vec<PathBuf> = (14..=18).map(|major| format!("/usr/lib/postgresql/{major}/bin").into()).collect();
-    found.retain(|bin| bin.join("initdb").exists());
-    found.pop().expect("a Postgres server (apt-get install postgresql-15)")
-}
-
-/// A server program, not as root.
-fn unprivileged(program: &str) -> Command {
-    let program = server_bin().join(program);
-    match rustix::process::getuid().is_root() {
-        false => Command::new(program),
-        true => {
-            let mut command = Command::new("setpriv");
-            command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(program);
-            command
-        }
-    }
-}
-
 impl Cluster {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-        let data = dir.path().join("data");
-        let made = unprivileged("initdb")
-            .args(["--no-sync", "--auth=trust", "--username=postgres", "-D"])
-            .arg(&data)
-            .current_dir(dir.path())
-            .stdout(Stdio::null())
-            .status()
-            .unwrap();
-        assert!(made.success());
+        let data = initdb(dir.path());
         let postgres = unprivileged("postgres")
             .args(["-F", "-c", "listen_addresses=", "-c", "log_min_messages=fatal", "-k"])
             .arg(dir.path())

@@ -1,0 +1,85 @@
+//! Volumes and layers of a real cluster, without its processes.
+
+use ebb_storage::object_store;
+use ebb_types::ErrorKind;
+
+use super::*;
+use crate::test_postgres::initdb;
+
+struct Machine {
+    dir: tempfile::TempDir,
+    node: LocalNode,
+    base: LayerId,
+}
+
+impl Machine {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+        let data_dir = dir.path().join("node");
+        fs::create_dir_all(&data_dir).unwrap();
+        let node = LocalNode::new(data_dir, "/nonexistent".into(), bucket);
+        let cluster = tempfile::tempdir().unwrap();
+        let base = node.store.import(&initdb(cluster.path())).await.unwrap();
+        Self { dir, node, base }
+    }
+
+    fn line(&self, line: u64) -> Line {
+        Line { branch: BranchId::for_test(1), line, head: self.base }
+    }
+}
+
+#[tokio::test]
+async fn a_volume_of_another_line_is_replaced() {
+    let machine = Machine::new().await;
+    let (node, first, second) = (&machine.node, machine.line(0), machine.line(1));
+    assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), None);
+    node.ensure_volume(&first).await.unwrap();
+    // Nothing was written: the layer below is all there is.
+    assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), Some(machine.base));
+    let roles = node.branch_dir(first.branch).join("roles.json");
+    fs::write(&roles, r#"{"app":"SCRAM-SHA-256$x","guest":null}"#).unwrap();
+    let read = node.roles(&first).await.unwrap().unwrap();
+    assert_eq!(read, Roles::from([("app".to_owned(), Some("SCRAM-SHA-256$x".to_owned())), ("guest".to_owned(), None)]));
+
+    // The branch was moved: the volume and its roles are of the past.
+    assert_eq!(node.seal(&second, LayerId::generate()).await.unwrap(), None);
+    assert_eq!(node.roles(&second).await.unwrap(), None);
+    node.ensure_volume(&second).await.unwrap();
+    assert!(!roles.exists() && node.has_volume(&second).unwrap() && !node.has_volume(&first).unwrap());
+
+    node.remove_volume(first.branch).await.unwrap();
+    assert!(!node.has_volume(&second).unwrap());
+    node.ensure_volume(&second).await.unwrap();
+    node.remove_branch(first.branch).await.unwrap();
+    assert!(!node.branch_dir(first.branch).exists());
+    node.remove_branch(first.branch).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_that_lost_its_line_is_reported_and_kept() {
+    let machine = Machine::new().await;
+    let (node, data) = (&machine.node, machine.line(0));
+    node.ensure_volume(&data).await.unwrap();
+    fs::remove_file(node.line_file(data.branch)).unwrap();
+    assert_eq!(node.ensure_volume(&data).await.unwrap_err().kind(), ErrorKind::Internal);
+    assert!(Volume::exists(&node.dirs(data.branch)));
+}
+
+#[tokio::test]
+async fn layers_are_uploaded_fetched_and_exported() {
+    let machine = Machine::new().await;
+    let (node, base) = (&machine.node, machine.base);
+    assert_eq!(node.chain(base).await.unwrap(), [base]);
+    assert_eq!(node.chain(LayerId::generate()).await.unwrap(), []);
+    assert!(node.redo(base).await.is_some());
+    node.upload(base).await.unwrap();
+    node.store.remove_local(base).await.unwrap();
+    assert!(node.redo(base).await.is_none());
+    node.fetch(base).await.unwrap();
+    let out = machine.dir.path().join("out");
+    assert!(node.export(base, &out).await.unwrap() > 1 << 20);
+    assert!(out.join("PG_VERSION").exists());
+    let missing = node.fetch(LayerId::generate()).await.unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::Corrupt);
+}
