@@ -153,6 +153,17 @@ impl LocalNode {
         self.units.lock().get(&branch).cloned()
     }
 
+    /// Forgets a unit that failed to answer because it is gone; otherwise its failure stands.
+    async fn unless_gone(&self, branch: BranchId, error: ebb_compute::Error) -> Result<()> {
+        let gone = matches!(error, ebb_compute::Error::Gone)
+            || matches!(Unit::adopt(&self.branch_dir(branch)).await, Ok(None));
+        if !gone {
+            return Err(error.into());
+        }
+        self.units.lock().remove(&branch);
+        Ok(())
+    }
+
     fn installation(&self, pg_major: u32) -> Result<Installation> {
         let found = postgres::installations();
         let have = found.iter().map(|one| one.major.to_string()).collect::<Vec<_>>().join(", ");
@@ -297,9 +308,8 @@ impl Node for LocalNode {
         if let Some(unit) = self.unit(data.branch) {
             match unit.seal(id).await {
                 Ok((layer, _)) => return Ok(Some(layer)),
-                Err(ebb_compute::Error::Gone) => self.units.lock().remove(&data.branch),
-                Err(error) => return Err(error.into()),
-            };
+                Err(error) => self.unless_gone(data.branch, error).await?,
+            }
         }
         if !self.has_volume(data)? {
             return Ok(None);
@@ -318,11 +328,10 @@ impl Node for LocalNode {
                 self.units.lock().remove(&data.branch);
                 Ok(Some(layer))
             }
-            Err(ebb_compute::Error::Gone) => {
-                self.units.lock().remove(&data.branch);
+            Err(error) => {
+                self.unless_gone(data.branch, error).await?;
                 self.seal(data, id).await
             }
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -333,8 +342,8 @@ impl Node for LocalNode {
         };
         if let Some(unit) = unit {
             match unit.discard().await {
-                Ok(()) | Err(ebb_compute::Error::Gone) => {}
-                Err(error) => return Err(error.into()),
+                Ok(()) => {}
+                Err(error) => self.unless_gone(branch, error).await?,
             }
         }
         self.units.lock().remove(&branch);

@@ -94,8 +94,17 @@ impl Default for Inner {
 }
 
 impl Inner {
+    /// Whether there is nothing to seal and record, or a compute that is still writing.
+    pub fn is_settled(&self) -> bool {
+        self.settled || (self.compute != Compute::Suspended && self.unrecorded.is_none())
+    }
+
     /// Every change of state goes through here.
     fn step(&mut self, event: ComputeEvent, now: Timestamp) -> Result<()> {
+        if event == ComputeEvent::Wake {
+            // Also one that fails may have written.
+            self.settled = false;
+        }
         let next = self.compute.next(event).map_err(|illegal| Refusal::TooLate(illegal.to_string()))?;
         self.compute = next;
         self.since = Instant::now();
@@ -374,14 +383,12 @@ impl Service {
         self.node.seal(&project.line(branch)?, id).await
     }
 
-    /// The recorded head is now all there is, if no compute runs.
+    /// A seal was recorded: an older one that was not is part of it now. If no compute runs, the head is all there is.
     pub(super) fn settle(&self, project: &Project, branch: BranchId) {
         let cell = project.cell(branch);
         let mut inner = cell.inner.lock();
-        if inner.compute == Compute::Suspended {
-            inner.settled = true;
-            inner.unrecorded = None;
-        }
+        inner.unrecorded = None;
+        inner.settled = inner.compute == Compute::Suspended;
         drop(inner);
         self.layers_changed.notify_one();
     }
@@ -460,7 +467,6 @@ impl Service {
         };
         let command = Command::Sealed { branch, line, layer };
         project.ledger.append("ebb", None, |state| Ok((crate::decide::decide(state, &command)?, ()))).await?;
-        project.cell(branch).inner.lock().unrecorded = None;
         self.settle(project, branch);
         Ok(())
     }

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ebb_types::BranchId;
+use ebb_types::{BranchId, LayerId};
 use tokio_util::sync::CancellationToken;
 
 use super::compute::Cell;
 use super::{Project, Service};
-use crate::Error;
 use crate::machine::Compute;
+use crate::{Error, Result};
 
 /// LIMIT: how often it looks without being asked; also how soon a failed background act is tried again.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -61,23 +61,26 @@ impl Service {
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.stopping.cancelled() => {}
-            _ = async { tokio::join!(self.reconcile_forever(), self.upload_forever()) } => {}
+            _ = async { tokio::join!(self.suspend_forever(), self.mend_forever(), self.upload_forever()) } => {}
         }
     }
 
-    async fn reconcile_forever(self: &Arc<Self>) {
-        let mut recovered = Instant::now();
+    async fn suspend_forever(self: &Arc<Self>) {
         loop {
             let next = self.look_at_computes();
-            if recovered.elapsed() >= LOOK_EVERY {
-                self.recover().await;
-                self.record_seals().await;
-                recovered = Instant::now();
-            }
             tokio::select! {
                 () = self.changed.notified() => {}
                 () = tokio::time::sleep(next) => {}
             }
+        }
+    }
+
+    /// Takes up what was left behind: by a crash, by a compute that was lost, by a bucket that was away.
+    async fn mend_forever(self: &Arc<Self>) {
+        loop {
+            self.settle_heads().await;
+            tokio::time::sleep(LOOK_EVERY).await;
+            self.recover().await;
         }
     }
 
@@ -149,23 +152,42 @@ impl Service {
         });
     }
 
-    /// Makes up for records that the bucket did not take.
-    async fn record_seals(self: &Arc<Self>) {
+    /// Seals and records what sleeping branches have beyond their recorded heads, so that it gets to the bucket.
+    pub(super) async fn settle_heads(self: &Arc<Self>) {
         for project in self.all_projects() {
-            let cells: Vec<_> = project.cells.lock().iter().map(|(branch, cell)| (*branch, cell.clone())).collect();
-            for (branch, cell) in cells {
-                if cell.inner.lock().unrecorded.is_none() {
+            for &branch in project.ledger.state().branches.keys() {
+                let cell = project.cell(branch);
+                if cell.inner.lock().is_settled() {
                     continue;
                 }
+                // Somebody works on the branch: there is a next time.
                 let Ok(_ops) = cell.ops.clone().try_lock_owned() else {
                     continue;
                 };
-                match self.record_seal(&project, branch).await {
+                match self.settle_head(&project, branch, &cell).await {
                     Ok(()) => {}
-                    // The branch was moved or deleted since: its seal is of no use any more.
+                    // The branch was moved or deleted since: an older seal of it is of no use any more.
                     Err(Error::Refused(_)) => cell.inner.lock().unrecorded = None,
                     Err(error) => self.report("recording a seal", &error),
                 }
+            }
+        }
+    }
+
+    async fn settle_head(&self, project: &Project, branch: BranchId, cell: &Cell) -> Result<()> {
+        if cell.inner.lock().is_settled() {
+            return Ok(());
+        }
+        self.check_disk()?;
+        let line = project.line(branch)?.line;
+        match self.seal_locked(project, branch, LayerId::generate()).await? {
+            Some(layer) => {
+                cell.inner.lock().unrecorded = Some((line, layer));
+                self.record_seal(project, branch).await
+            }
+            None => {
+                self.settle(project, branch);
+                Ok(())
             }
         }
     }

@@ -432,6 +432,64 @@ async fn running_computes_are_adopted_by_the_next_service() {
 }
 
 #[tokio::test]
+async fn a_bucket_that_is_away_neither_stops_a_suspension_nor_turns_a_head_back() {
+    let rig = Rig::new().await;
+    let bucket = Arc::new(Dying {
+        inner: rig.bucket.clone(),
+        left: AtomicI64::new(i64::MAX),
+        after: false,
+        dead: AtomicBool::new(false),
+    });
+    let service = rig.open_with(bucket.clone()).await.unwrap();
+    create(&service).await.unwrap();
+    write(&rig, &service, "prod", "1").await;
+    let prod = branch_id(&service, "prod").await;
+    let project = service.project_of(prod).unwrap();
+    let suspend = || service.suspend_locked(&project, prod, Duration::ZERO, false);
+    let head = || project.ledger.state().branches[&prod].head;
+    let first = head();
+
+    bucket.dead.store(true, Ordering::SeqCst);
+    assert_eq!(suspend().await.unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!((service.branch("shop", "prod").await.unwrap().state.as_str(), head()), ("suspended", first));
+    // Waking needs no bucket.
+    write(&rig, &service, "prod", "2").await;
+    bucket.dead.store(false, Ordering::SeqCst);
+    let named = checkpoint(&service, "prod", "two").await.unwrap().value;
+    service.settle_heads().await;
+    assert_eq!(head(), named.layer);
+
+    bucket.dead.store(true, Ordering::SeqCst);
+    write(&rig, &service, "prod", "3").await;
+    suspend().await.unwrap_err();
+    bucket.dead.store(false, Ordering::SeqCst);
+    service.settle_heads().await;
+    assert_ne!(head(), named.layer);
+    assert_eq!(rig.node.0.lock().layers[&head()].1.len(), 3);
+    assert_settled(&rig, &service).await;
+}
+
+#[tokio::test]
+async fn what_a_lost_compute_had_committed_gets_to_the_bucket() {
+    let rig = Rig::new().await;
+    let service = rig.open().await;
+    create(&service).await.unwrap();
+    write(&rig, &service, "prod", "1").await;
+    let prod = branch_id(&service, "prod").await;
+    rig.kill(service).await;
+    rig.node.kill(prod);
+    let service = rig.open().await;
+    service.settle_heads().await;
+    service.upload_pending().await.unwrap();
+    let head = service.branch("shop", "prod").await.unwrap().head;
+    assert_eq!(rig.node.0.lock().layers[&head].1.len(), 1);
+    assert!(rig.node.0.lock().uploaded.contains(&head));
+    let entries = service.ledger_entries("shop").await.unwrap().len();
+    service.settle_heads().await;
+    assert_eq!(service.ledger_entries("shop").await.unwrap().len(), entries, "sealing again made an entry");
+}
+
+#[tokio::test]
 async fn a_full_disk_refuses_work() {
     let rig = Rig::new().await;
     let service = rig.open().await;
