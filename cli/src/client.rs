@@ -120,3 +120,25 @@ fn refusal(status: u16, body: &str) -> Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_keeps_its_words_kind_and_hint() {
+        let body = r#"{"type":"urn:ebb:problem:not-found","title":"There is no such thing","status":404,
+                       "detail":"there is no project \"shpo\"","hint":"Did you mean shop?","kind":"not_found"}"#;
+        let failure = refusal(404, body);
+        assert_eq!(failure.kind, ErrorKind::NotFound);
+        assert_eq!(failure.message, "there is no project \"shpo\"");
+        assert_eq!(failure.hint.as_deref(), Some("Did you mean shop?"));
+    }
+
+    #[test]
+    fn an_answer_of_something_else_is_sorted_by_its_status() {
+        let failure = refusal(503, "<html>busy</html>");
+        assert_eq!(failure.kind, ErrorKind::Unavailable);
+        assert_eq!(failure.causes, ["<html>busy</html>"]);
+    }
+}

@@ -140,3 +140,48 @@ pub fn export(to: &Session, from: &PointRef, dir: &Path, key: &IdempotencyKey) -
         facts([("exported", from.to_string()), ("to", view.dir.display().to_string()), ("size", bytes(view.bytes))])
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn branch(name: &str, more: serde_json::Value) -> Branch {
+        let mut value = serde_json::json!({
+            "id": "br_00000000000000000000000000000001", "name": name, "project": "shop",
+            "endpoint": format!("{name}--shop"), "head": "ly_00000000000000000000000000000002", "state": "suspended",
+            "created_at": "2026-11-21T06:00:00Z", "idle_suspend_seconds": 300.0,
+        });
+        value.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn branches_are_listed_with_where_they_come_from() {
+        let branches = vec![
+            branch("prod", serde_json::json!({})),
+            branch("pr-42", serde_json::json!({"parent": {"branch": "prod", "point": "v1"}, "state": "active"})),
+            branch("dev", serde_json::json!({"parent": {"branch": "prod", "point": "head"}})),
+        ];
+        insta::assert_snapshot!(branch_table(branches), @r"
+        BRANCH  STATE      FROM     CREATED               KEPT UNTIL
+        prod    suspended           2026-11-21 06:00:00Z
+        pr-42   active     prod@v1  2026-11-21 06:00:00Z
+        dev     suspended  prod     2026-11-21 06:00:00Z
+        ");
+    }
+
+    #[test]
+    fn one_branch_is_shown_with_all_there_is() {
+        let rescue = branch("rescue-1", serde_json::json!({"rescue_until": "2026-12-21T06:00:00Z"}));
+        insta::assert_snapshot!(branch_facts(rescue), @r"
+        branch          rescue-1
+        id              br_00000000000000000000000000000001
+        endpoint        rescue-1--shop
+        state           suspended
+        head            ly_00000000000000000000000000000002
+        created         2026-11-21 06:00:00Z
+        suspends after  300s
+        kept until      2026-12-21 06:00:00Z
+        ");
+    }
+}

@@ -61,3 +61,33 @@ fn status(view: Compute) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_says_who_keeps_a_compute_awake() {
+        let view = serde_json::from_value(json!({
+            "state": "active", "since": "2026-11-21T06:00:00Z", "wakes": 3,
+            "unit": {"ready": true, "postmaster_pid": 4711, "wal_end": "0/16B3748", "dirty": true, "restarts": 0,
+                     "stages": [["mounted", 4000], ["ready", 48210]]},
+            "sessions": [{"conn": 7, "role": "app", "database": "app", "application": "psql", "peer": "127.0.0.1:5000",
+                          "state": "pinned", "reason": "temporary table", "since_seconds": 12.4}],
+            "keeps_awake": ["connection 7 of app@app from 127.0.0.1:5000: temporary table"],
+        }));
+        insta::assert_snapshot!(status(view.unwrap()), @r"
+        state          active
+        since          2026-11-21 06:00:00Z
+        wakes          3
+        postgres pid   4711
+        wal end        0/16B3748
+        restarts       0
+        woke in        48.2 ms
+        kept awake by  connection 7 of app@app from 127.0.0.1:5000: temporary table
+
+        CONN  ROLE  DATABASE  APPLICATION  PEER            STATE   SINCE  REASON
+        7     app   app       psql         127.0.0.1:5000  pinned  12s    temporary table
+        ");
+    }
+}

@@ -103,3 +103,28 @@ fn short(text: &str) -> String {
     let is_hash = text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
     if is_hash { text[..12].to_owned() } else { text.to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_says_what_comes_back_and_what_is_set_aside() {
+        let plan = serde_json::from_value(serde_json::json!({
+            "release": "v1", "checkpoint": "before-v2",
+            "code": {"from": "b".repeat(64), "to": "a".repeat(64)},
+            "set_aside": {"transactions": 12, "wal_bytes": 1_572_864, "releases": ["v2"], "layers": 3,
+                          "since": "2026-11-21T06:00:00Z"},
+        }));
+        insta::assert_snapshot!(plan_text(&plan.unwrap()), @r"
+        release        v1
+        data           prod back to checkpoint before-v2
+        code           bbbbbbbbbbbb -> aaaaaaaaaaaa
+        written since  2026-11-21 06:00:00Z
+        releases       v2
+        transactions   12
+        WAL            1.5 MiB
+        layers         3
+        ");
+    }
+}
