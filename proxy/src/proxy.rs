@@ -1,13 +1,43 @@
 //! The listening proxy: binds, accepts, drains.
+//!
+//! **Cancellation**: [`Proxy::run`] is ended by its token, in this order: no new connections; idle sessions end with
+//! `57P01`, active ones when their transaction does; at the drain deadline all others end. Dropping it instead cuts
+//! everyone off.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use dashmap::DashMap;
+use ebb_types::BranchId;
+use ebb_types::Hint;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::endpoints::{Endpoints, ProxyHandle};
+use crate::branch::{Branch, Order};
+use crate::cancel::CancelKeys;
+use crate::endpoints::{Activity, Blocked, Endpoints, ProxyHandle, SessionInfo, Sessions, Unreplayable};
+use crate::limits::FailedLogins;
+use crate::session::{GaugeGuard, serve};
+use crate::tls::{Authority, TlsError, server_config};
+
+/// LIMIT: connections at once, far above what one machine's Postgres serves; more wait in the listen queue.
+const CONNECTIONS_MAX: usize = 60_000;
+/// LIMIT: the kernel's queue of connections not yet accepted; a thousand clients may come at once.
+const BACKLOG: i32 = 4096;
+/// When the system has no descriptor or memory for a connection, it is asked again after this.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// LIMIT: after the drain deadline, how long last words may take.
+const DRAIN_GRACE: Duration = Duration::from_secs(2);
+/// Idle connections are probed after this, so that a client that vanished does not hold its seat for ever.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// How a proxy is set up.
 #[derive(Debug, Clone)]
@@ -53,40 +83,226 @@ pub enum ProxyError {
         addr: SocketAddr,
         /// What the system said.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
+    /// There is no certificate authority to encrypt with.
+    #[error("proxy cannot set up TLS")]
+    Tls(#[from] TlsError),
+}
+
+impl Hint for ProxyError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            ProxyError::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                Some("Choose another address with --listen, or stop what listens there.".to_owned())
+            }
+            ProxyError::Listen { .. } => None,
+            ProxyError::Tls(_) => Some(
+                "Mend the permissions of the directory or restore its files; if it is deleted, a new authority is \
+                 made, and clients that verify must be given its ca.pem."
+                    .to_owned(),
+            ),
+        }
+    }
 }
 
 /// A bound proxy. Clients wait in the listen queue until [`Proxy::run`].
 #[derive(Debug)]
-pub struct Proxy {}
+pub struct Proxy {
+    listener: TcpListener,
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Shared {
+    pub config: ProxyConfig,
+    pub endpoints: Arc<dyn Endpoints>,
+    pub authority: Arc<Authority>,
+    pub tls: Arc<rustls::ServerConfig>,
+    pub keys: Arc<CancelKeys>,
+    pub failed_logins: FailedLogins,
+    /// Wakes, which outlive those who ask for them.
+    pub tasks: TaskTracker,
+    /// No new sessions: the proxy stops.
+    pub shutdown: CancellationToken,
+    branches: DashMap<BranchId, Arc<Branch>>,
+}
+
+impl Shared {
+    /// The sessions of a branch that has, or is about to have, some.
+    pub fn branch(&self, id: BranchId) -> Arc<Branch> {
+        self.branches.entry(id).or_insert_with(|| Branch::new(id)).clone()
+    }
+
+    fn known_branch(&self, id: BranchId) -> Option<Arc<Branch>> {
+        self.branches.get(&id).map(|branch| branch.clone())
+    }
+
+    fn order_all(&self, order: Order) {
+        for branch in &self.branches {
+            branch.order(order, None);
+        }
+    }
+}
 
 impl Proxy {
     /// Takes the address and reads, or makes, the certificate authority.
     ///
     /// # Errors
     /// If the address cannot be had or the certificate authority cannot be read or written.
-    pub fn bind(_config: ProxyConfig, _endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
-        todo!()
+    pub fn bind(config: ProxyConfig, endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
+        let authority = Arc::new(Authority::open(&config.tls_dir, &config.domain)?);
+        let tls = server_config(authority.clone())?;
+        let unable = |source| ProxyError::Listen { addr: config.listen, source };
+        let listener = listen(config.listen).map_err(unable)?;
+        let addr = listener.local_addr().map_err(unable)?;
+        let shared = Arc::new(Shared {
+            config,
+            endpoints,
+            authority,
+            tls,
+            keys: Arc::default(),
+            failed_logins: FailedLogins::new(),
+            tasks: TaskTracker::new(),
+            shutdown: CancellationToken::new(),
+            branches: DashMap::new(),
+        });
+        Ok(Self { listener, addr, shared })
     }
 
     /// What the proxy offers to whoever runs computes.
     pub fn handle(&self) -> ProxyHandle {
-        todo!()
+        self.shared.clone()
     }
 
     /// The address clients reach.
     pub fn local_addr(&self) -> SocketAddr {
-        todo!()
+        self.addr
     }
 
     /// The certificate a client verifies this proxy against (`sslrootcert`).
     pub fn ca_pem_path(&self) -> &Path {
-        todo!()
+        self.shared.authority.ca_pem_path()
     }
 
     /// Serves until cancelled, then drains: idle clients get `57P01`, active ones the drain deadline.
-    pub async fn run(self, _shutdown: CancellationToken) {
-        todo!()
+    ///
+    /// # Panics
+    /// Outside a tokio runtime with I/O and time.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let Self { listener, addr, shared } = self;
+        let listener = tokio::net::TcpListener::from_std(listener).expect("the listener is open and non-blocking");
+        let connections = TaskTracker::new();
+        // Cut in the end, whatever they are doing.
+        let cut = CancellationToken::new();
+        let _cut_on_drop = cut.clone().drop_guard();
+        tracing::info!(%addr, "proxy listens");
+        accept(&listener, &shared, &connections, &cut, &shutdown).await;
+        drop(listener);
+
+        shared.shutdown.cancel();
+        shared.order_all(Order::Drain);
+        connections.close();
+        tracing::info!(connections = connections.len(), "proxy drains");
+        if timeout(shared.config.drain_deadline, connections.wait()).await.is_err() {
+            tracing::info!(connections = connections.len(), "drain deadline has passed");
+            shared.order_all(Order::DrainNow);
+            let _ = timeout(DRAIN_GRACE, connections.wait()).await;
+            cut.cancel();
+            connections.wait().await;
+        }
+    }
+}
+
+/// Accepts until told to stop.
+async fn accept(
+    listener: &tokio::net::TcpListener,
+    shared: &Arc<Shared>,
+    connections: &TaskTracker,
+    cut: &CancellationToken,
+    shutdown: &CancellationToken,
+) {
+    static CONN: AtomicU64 = AtomicU64::new(1);
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = async {
+                let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
+                listener.accept().await.map(|accepted| (accepted, place))
+            } => accepted,
+        };
+        let ((socket, peer), place) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "connection could not be accepted");
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        if let Err(error) = tune(&socket) {
+            tracing::debug!(%error, "connection was gone at once");
+            continue;
+        }
+        let conn = CONN.fetch_add(1, Ordering::Relaxed);
+        let (shared, cut) = (shared.clone(), cut.clone());
+        connections.spawn(async move {
+            let _held = (place, GaugeGuard::new("ebb_proxy_connections"));
+            metrics::counter!("ebb_proxy_connections_total").increment(1);
+            tokio::select! {
+                () = serve(shared, socket, peer, conn) => {}
+                () = cut.cancelled() => {}
+            }
+        });
+    }
+}
+
+fn tune(socket: &TcpStream) -> io::Result<()> {
+    // Messages go out when they are whole; waiting for more only adds delay.
+    socket.set_nodelay(true)?;
+    let keepalive = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 4);
+    socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive)
+}
+
+fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(addr), socket2::Type::STREAM, None)?;
+    // A restart must not wait for the last proxy's connections to time out.
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+#[async_trait]
+impl Sessions for Shared {
+    fn activity(&self, branch: BranchId) -> Activity {
+        self.known_branch(branch).map(|branch| branch.activity()).unwrap_or_default()
+    }
+
+    fn sessions(&self, branch: BranchId) -> Vec<SessionInfo> {
+        self.known_branch(branch).map(|branch| branch.sessions()).unwrap_or_default()
+    }
+
+    async fn fence(&self, branch: BranchId, deadline: Duration, rule: Unreplayable) -> Result<(), Blocked> {
+        let result = self.branch(branch).fence(deadline, rule).await;
+        let outcome = if result.is_ok() { "ok" } else { "blocked" };
+        metrics::counter!("ebb_proxy_fences_total", "result" => outcome).increment(1);
+        result
+    }
+
+    fn release(&self, branch: BranchId) {
+        if let Some(branch) = self.known_branch(branch) {
+            branch.release();
+        }
+    }
+
+    fn lost(&self, branch: BranchId, generation: u64) {
+        if let Some(branch) = self.known_branch(branch) {
+            branch.forget(generation);
+            branch.order(Order::Lost, Some(generation));
+        }
     }
 }

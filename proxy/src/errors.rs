@@ -1,0 +1,266 @@
+//! Everything the proxy itself says to a client, and how it is put into bytes.
+//!
+//! All texts stand here together so that they can be read, and tested, as one voice.
+
+use std::time::Duration;
+
+use ebb_types::SqlState;
+
+use crate::endpoints::EndpointError;
+use crate::wire::{cstr, message};
+
+/// How bad it is: what follows for the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// The session ends.
+    Fatal,
+    /// The session goes on.
+    Warning,
+    /// Nothing is wrong.
+    Notice,
+}
+
+impl Severity {
+    fn as_str(self) -> &'static str {
+        match self {
+            Severity::Fatal => "FATAL",
+            Severity::Warning => "WARNING",
+            Severity::Notice => "NOTICE",
+        }
+    }
+}
+
+/// One thing said to a client: an `ErrorResponse` if fatal, else a `NoticeResponse`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    severity: Severity,
+    sqlstate: SqlState,
+    message: String,
+    detail: Option<String>,
+    hint: Option<String>,
+}
+
+/// `00000`, what Postgres gives plain notices.
+const NOTHING_WRONG: &str = "00000";
+/// `01000`, what Postgres gives plain warnings.
+const PLAIN_WARNING: &str = "01000";
+
+impl Said {
+    fn fatal(sqlstate: SqlState, message: impl Into<String>) -> Self {
+        Self { severity: Severity::Fatal, sqlstate, message: message.into(), detail: None, hint: None }
+    }
+
+    fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The code a client sees.
+    pub fn sqlstate(&self) -> &'static str {
+        match self.severity {
+            Severity::Fatal => self.sqlstate.as_str(),
+            Severity::Warning => PLAIN_WARNING,
+            Severity::Notice => NOTHING_WRONG,
+        }
+    }
+
+    /// Appends the message as it goes over the wire.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let tag = if self.severity == Severity::Fatal { b'E' } else { b'N' };
+        message(out, tag, |body| {
+            let mut field = |tag: u8, text: &str| {
+                body.push(tag);
+                cstr(body, text);
+            };
+            field(b'S', self.severity.as_str());
+            field(b'V', self.severity.as_str());
+            field(b'C', self.sqlstate());
+            field(b'M', &self.message);
+            if let Some(detail) = &self.detail {
+                field(b'D', detail);
+            }
+            if let Some(hint) = &self.hint {
+                field(b'H', hint);
+            }
+            body.push(0);
+        });
+    }
+
+    // Start-up.
+
+    /// A packet or message that is not what the protocol allows here.
+    pub fn malformed(what: &str) -> Self {
+        Self::fatal(SqlState::PROTOCOL_VIOLATION, format!("malformed message from the client: {what}"))
+    }
+
+    /// A protocol version nobody speaks.
+    pub fn unsupported_version(major: u16, minor: u16) -> Self {
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, format!("unsupported frontend protocol {major}.{minor}"))
+            .detail("The proxy speaks version 3.0 of the protocol.")
+    }
+
+    /// No endpoint was named in any of the three ways.
+    pub fn no_endpoint(domain: &str) -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "no endpoint given").hint(format!(
+            "Name one: connect with TLS to the host BRANCH--PROJECT.{domain}, or add options=endpoint%3DBRANCH--PROJECT \
+             to the URL, or name the database NAME@BRANCH--PROJECT."
+        ))
+    }
+
+    /// An `endpoint=` that is no name at all.
+    pub fn not_an_endpoint(text: &str, why: impl std::fmt::Display) -> Self {
+        Self::fatal(SqlState::INVALID_CATALOG_NAME, format!("endpoint {text:?} is not valid"))
+            .detail(format!("{why}."))
+            .hint("An endpoint is written BRANCH--PROJECT, for example prod--shop.")
+    }
+
+    /// No `user` in the start-up packet.
+    pub fn no_user() -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "no user name given in the startup packet")
+    }
+
+    /// A client from afar that does not encrypt.
+    pub fn tls_wanted() -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "connections from other machines must be encrypted")
+            .hint("Connect with sslmode=require, or better sslmode=verify-full and the proxy's ca.pem as sslrootcert.")
+    }
+
+    // Authentication.
+
+    /// A wrong password, an unknown role, a role that may not log in: all look alike.
+    pub fn wrong_password(role: &str) -> Self {
+        Self::fatal(SqlState::INVALID_PASSWORD, format!("password authentication failed for user \"{role}\""))
+    }
+
+    /// Too many wrong passwords from this address.
+    pub fn too_many_failures(wait: Duration) -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "too many failed logins from this address")
+            .hint(format!("Try again in {} s.", wait.as_secs() + 1))
+    }
+
+    /// The endpoint holds as many sessions as it may.
+    pub fn too_many_sessions(endpoint: &str, limit: usize) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, format!("too many connections for endpoint \"{endpoint}\""))
+            .detail(format!("The limit is {limit} connections per endpoint."))
+            .hint("Close connections that are not needed, or use a connection pool in the application.")
+    }
+
+    // Waiting.
+
+    /// The wake budget is spent.
+    pub fn still_waking(budget: Duration) -> Self {
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the compute is still waking")
+            .detail(format!("It did not answer within {} s.", budget.as_secs_f64()))
+            .hint("Try again: a wake usually takes well under a second, and this one goes on meanwhile.")
+    }
+
+    /// The endpoint stayed fenced for the whole wake budget.
+    pub fn still_fenced(budget: Duration) -> Self {
+        Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the branch is busy with an operation")
+            .detail(format!("New work was held for {} s.", budget.as_secs_f64()))
+            .hint("Try again: the operation (a suspend, restore or rollback) goes on meanwhile.")
+    }
+
+    /// A wait that has become long enough to be worth a word.
+    pub fn waiting() -> Self {
+        Self {
+            severity: Severity::Notice,
+            sqlstate: SqlState::CANNOT_CONNECT_NOW,
+            message: "waiting for the compute to wake".to_owned(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    // Ends.
+
+    /// The backend is gone; `busy` tells whether something was under way.
+    pub fn compute_lost(busy: bool) -> Self {
+        let said = Self::fatal(SqlState::CONNECTION_FAILURE, "the connection to the compute was lost");
+        if busy {
+            said.detail("A query or transaction was under way; whether it was committed is not known.")
+                .hint("Reconnect, and look whether the last transaction took effect before repeating it.")
+        } else {
+            said.detail("No transaction was open; what the session had set was lost with the compute.")
+                .hint("Reconnect.")
+        }
+    }
+
+    /// A fence ended this session; `reason` is what could not be given back.
+    pub fn fenced_out(reason: &str) -> Self {
+        Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection because the branch is being switched")
+            .detail(format!("The session could not be kept: {reason}."))
+            .hint("Reconnect; an open transaction was rolled back.")
+    }
+
+    /// The proxy itself is stopping.
+    pub fn draining(busy: bool) -> Self {
+        let said = Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection because the proxy is shutting down");
+        if busy { said.hint("Reconnect; an open transaction was rolled back.") } else { said.hint("Reconnect.") }
+    }
+
+    /// The session's state could not be given back to a new backend.
+    pub fn not_replayed(what: &str) -> Self {
+        Self::fatal(SqlState::CONNECTION_FAILURE, "the session could not be resumed")
+            .detail(format!("{what}."))
+            .hint("Reconnect; no transaction was open, so nothing was lost but the session's settings.")
+    }
+
+    /// A prepared statement that no longer fits the data.
+    pub fn statement_not_replayed(name: &str, why: &str) -> Self {
+        Self {
+            severity: Severity::Warning,
+            sqlstate: SqlState::CONNECTION_FAILURE,
+            message: format!("prepared statement \"{name}\" could not be prepared again"),
+            detail: Some(format!("{why}.")),
+            hint: Some("Prepare it again; until then it does not exist in this session.".to_owned()),
+        }
+    }
+
+    /// A compute that answers with something the proxy does not understand.
+    pub fn strange_backend(what: &str) -> Self {
+        Self::fatal(SqlState::INTERNAL_ERROR, "the compute answered with something unexpected")
+            .detail(format!("{what}."))
+            .hint("This is a fault of Ebb's; please report it with the proxy's log.")
+    }
+}
+
+impl From<EndpointError> for Said {
+    fn from(error: EndpointError) -> Self {
+        Self {
+            severity: Severity::Fatal,
+            sqlstate: error.sqlstate,
+            message: error.message,
+            detail: error.detail,
+            hint: error.hint,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_carries_both_severities_and_only_the_fields_it_has() {
+        let mut out = Vec::new();
+        Said::wrong_password("app").encode(&mut out);
+        let text = b"SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed for user \"app\"\0\0";
+        assert_eq!(out[0], b'E');
+        assert_eq!(out[1..5], (text.len() as u32 + 4).to_be_bytes());
+        assert_eq!(out[5..], text[..]);
+    }
+
+    #[test]
+    fn a_notice_has_the_code_of_success() {
+        let mut out = Vec::new();
+        Said::waiting().encode(&mut out);
+        assert_eq!(out[0], b'N');
+        assert!(out.windows(8).any(|bytes| bytes == b"\0C00000\0"));
+    }
+}

@@ -1,0 +1,236 @@
+//! The hot path: moves bytes between a client and its backend until something else is to be done.
+//!
+//! One task, both directions, two fixed buffers. Bytes are looked at once, by header, to follow the conversation; they
+//! are never copied or allocated for. A side that does not take bytes stops the other from being read: backpressure
+//! needs no more than that.
+//!
+//! While the gate is up, the client's bytes are passed on one turn (up to a sync point) at a time, so that even a
+//! client that pipelines without pause comes to rest; what it sent beyond waits here.
+//!
+//! **Cancellation**: [`Link::run`] may be dropped and called again; no byte is lost.
+
+use std::io;
+use std::task::{Context, Poll};
+
+use tokio::net::UnixStream;
+
+use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
+use crate::conversation::{Conversation, Malformed};
+use crate::endpoints::Unreplayable;
+use crate::stream::{Buffer, ClientStream};
+
+/// Why the relay stopped.
+#[derive(Debug)]
+pub enum Pause {
+    /// The gate is up and the session is at rest before it.
+    AtGate,
+    /// The proxy drains and the session is at rest.
+    AtRest,
+    /// The client closed or broke off.
+    ClientGone,
+    /// The backend closed; all it said has been passed on.
+    ServerGone,
+    /// The client sent something that is not the protocol.
+    Malformed(Malformed),
+    /// The server did.
+    ServerMalformed,
+    /// An order to end at once.
+    Ordered(Order),
+}
+
+/// Both ends of a session and what lies between.
+pub struct Link<'a> {
+    /// The client.
+    pub client: &'a mut ClientStream,
+    /// Its backend.
+    pub backend: &'a mut UnixStream,
+    /// From client to backend.
+    pub up: &'a mut Buffer,
+    /// From backend to client.
+    pub down: &'a mut Buffer,
+    /// What both are talking about.
+    pub conversation: &'a mut Conversation,
+    /// What others see of the session.
+    pub seat: &'a Seat,
+    /// Where its gate is.
+    pub branch: &'a Branch,
+    /// Bytes passed on, up and down.
+    pub passed: &'a mut [u64; 2],
+    flow: Flow,
+}
+
+/// What the relay remembers between two polls.
+#[derive(Debug, Default)]
+struct Flow {
+    /// The gate is up, or the proxy drains: one turn at a time.
+    gated: bool,
+    /// The proxy drains.
+    draining: bool,
+    active: bool,
+    backend_eof: bool,
+    /// The client's stream holds bytes back (TLS).
+    unflushed: bool,
+}
+
+impl<'a> Link<'a> {
+    /// Ties both ends together.
+    #[expect(clippy::too_many_arguments, reason = "each is a separate borrow of the session's parts")]
+    pub fn new(
+        client: &'a mut ClientStream,
+        backend: &'a mut UnixStream,
+        up: &'a mut Buffer,
+        down: &'a mut Buffer,
+        conversation: &'a mut Conversation,
+        seat: &'a Seat,
+        branch: &'a Branch,
+        passed: &'a mut [u64; 2],
+    ) -> Self {
+        let active = !conversation.is_idle() || up.has_held();
+        let flow = Flow { active, ..Flow::default() };
+        Self { client, backend, up, down, conversation, seat, branch, passed, flow }
+    }
+
+    /// Moves bytes until there is a reason not to. Cancel-safe.
+    pub async fn run(&mut self) -> Pause {
+        self.seat.set_doing(if self.flow.active { Doing::Active } else { Doing::Idle });
+        // The gate may have moved, or an order been given, before anyone listened here.
+        if let Some(pause) = self.look_up() {
+            return pause;
+        }
+        std::future::poll_fn(|cx| {
+            if self.seat.poll_attention(cx) {
+                if let Some(pause) = self.look_up() {
+                    return Poll::Ready(pause);
+                }
+                // Having been told now, the task is not registered for the next time.
+                cx.waker().wake_by_ref();
+            }
+            self.pump(cx)
+        })
+        .await
+    }
+
+    /// Passes on what is still on its way, whatever is ordered, until one side closes. Cancel-safe.
+    pub async fn last_words(&mut self) -> Pause {
+        std::future::poll_fn(|cx| self.pump(cx)).await
+    }
+
+    /// Takes note of what changed outside.
+    fn look_up(&mut self) -> Option<Pause> {
+        match self.seat.ordered() {
+            Some(Order::Drain) => self.flow.draining = true,
+            Some(order) => return Some(Pause::Ordered(order)),
+            None => {}
+        }
+        let gate = self.branch.gate();
+        if gate == Gate::Gathering(Unreplayable::Refuse) && (!self.may_stop() || self.up.has_held()) {
+            // Nobody is held up for a suspend that will not happen.
+            self.branch.stand(self.seat.sitter.conn, Standing::Busy);
+            self.flow.gated = self.flow.draining;
+        } else {
+            self.flow.gated = gate != Gate::Open || self.flow.draining;
+        }
+        None
+    }
+
+    fn may_stop(&self) -> bool {
+        self.conversation.is_at_rest() && !self.up.has_released() && self.down.is_empty() && !self.flow.unflushed
+    }
+
+    /// Moves what can be moved now; ready with the reason to stop.
+    fn pump(&mut self, cx: &mut Context<'_>) -> Poll<Pause> {
+        loop {
+            if self.flow.gated && self.may_stop() {
+                return Poll::Ready(if self.flow.draining { Pause::AtRest } else { Pause::AtGate });
+            }
+            let mut moved = match self.pump_up(cx) {
+                Ok(moved) => moved,
+                Err(pause) => return Poll::Ready(pause),
+            };
+            moved |= match self.pump_down(cx) {
+                Ok(moved) => moved,
+                Err(pause) => return Poll::Ready(pause),
+            };
+            let active = !self.conversation.is_idle();
+            if active != self.flow.active {
+                self.flow.active = active;
+                if active {
+                    self.seat.set_pin(None);
+                }
+                self.seat.set_doing(if active { Doing::Active } else { Doing::Idle });
+            }
+            if !moved {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    #[inline]
+    fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<bool, Pause> {
+        let mut moved = false;
+        if self.up.has_room() && !self.up.has_held() {
+            match self.up.poll_fill(cx, self.client) {
+                Poll::Ready(Ok(1..)) => moved = true,
+                Poll::Ready(Ok(0) | Err(_)) => return Err(Pause::ClientGone),
+                Poll::Pending => {}
+            }
+        }
+        if self.up.has_held() && !(self.flow.gated && !self.conversation.wants_client()) {
+            let count = self.conversation.from_client(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
+            self.up.release(count);
+            self.passed[0] += count as u64;
+            moved |= count > 0;
+        }
+        if self.up.has_released() {
+            match self.up.poll_drain(cx, self.backend) {
+                Poll::Ready(Ok(())) => moved = true,
+                // It closed; why, it may have said: that is read below, up to the end.
+                Poll::Ready(Err(_)) => self.up.discard_released(),
+                Poll::Pending => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    #[inline]
+    fn pump_down(&mut self, cx: &mut Context<'_>) -> Result<bool, Pause> {
+        let mut moved = false;
+        if self.down.has_room() && !self.flow.backend_eof {
+            match self.down.poll_fill(cx, self.backend) {
+                Poll::Ready(Ok(count @ 1..)) => {
+                    self.conversation.from_server(self.down.held()).map_err(|_| Pause::ServerMalformed)?;
+                    self.down.release(count);
+                    self.passed[1] += count as u64;
+                    moved = true;
+                }
+                Poll::Ready(Ok(0) | Err(_)) => self.flow.backend_eof = true,
+                Poll::Pending => {}
+            }
+        }
+        if self.down.has_released() {
+            match self.down.poll_drain(cx, self.client) {
+                Poll::Ready(Ok(())) => {
+                    moved = true;
+                    self.flow.unflushed = true;
+                }
+                Poll::Ready(Err(_)) => return Err(Pause::ClientGone),
+                Poll::Pending => {}
+            }
+        }
+        if self.flow.unflushed && self.down.is_empty() {
+            match self.poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.flow.unflushed = false,
+                Poll::Ready(Err(_)) => return Err(Pause::ClientGone),
+                Poll::Pending => {}
+            }
+        }
+        if self.flow.backend_eof && self.down.is_empty() {
+            return Err(Pause::ServerGone);
+        }
+        Ok(moved)
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        tokio::io::AsyncWrite::poll_flush(std::pin::Pin::new(self.client), cx)
+    }
+}

@@ -1,0 +1,596 @@
+//! One authenticated client, from its first backend to its end: the owner of everything a session has.
+//!
+//! ```text
+//!              gate open, compute awake,            gate up, at rest,
+//!              state given back                     state in hand
+//!   Waiting ───────────────────────────► Attached ─────────────────► Hibernated
+//!      ▲                                                                 │
+//!      └─────────────────────────── the client sends ────────────────────┘
+//! ```
+//!
+//! **Invariants**: the client sees an answer to every message it sent, in order, or an error and the end. Answers to
+//! the proxy's own questions never reach it. While hibernated, only its next message leads to a wake, and a
+//! `Terminate` is none.
+//!
+//! **Cancellation**: dropping a session closes both sides; its seat and its cancel key go with it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::Instrument;
+
+use crate::backend::{Backend, StartError, encoded, relayed_error};
+use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standing};
+use crate::cancel::{CancelTarget, IssuedKey};
+use crate::conversation::Conversation;
+use crate::endpoints::{Awake, EndpointError, Unreplayable};
+use crate::errors::Said;
+use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
+use crate::login::{Login, Turned, login};
+use crate::proxy::Shared;
+use crate::relay::{Link, Pause};
+use crate::stream::{Buffer, ClientStream};
+use crate::wire::{cstr, message};
+
+/// After how long a wait deserves a word.
+const NOTICE_AFTER: Duration = Duration::from_secs(1);
+/// Between two tries to reach a compute that should be there.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
+/// LIMIT: how long a backend may take to close once it is told to.
+const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
+/// LIMIT: how long the last words of a dead compute may take to arrive.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
+/// LIMIT: how much of a message begun is waited for, so that an error can follow it.
+const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
+
+/// Serves one accepted connection to its end.
+pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, conn: u64) {
+    let span = tracing::info_span!("connection", conn, %peer);
+    async {
+        let admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer)).await;
+        match admitted {
+            Ok(Ok(login)) => run(&shared, login, peer, conn).await,
+            Ok(Err(Turned::Away(client, said))) => {
+                tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
+                client.goodbye(&encoded(&said)).await;
+            }
+            Ok(Err(Turned::Off)) => {}
+            Err(_) => tracing::debug!("login timed out"),
+        }
+    }
+    .instrument(span)
+    .await;
+}
+
+async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
+    let Login { client, startup, endpoint, role } = login;
+    let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
+    let sitter = Sitter {
+        conn,
+        role,
+        database: text("database"),
+        application: text("application_name"),
+        peer: peer.to_string(),
+    };
+    let branch = shared.branch(endpoint.branch);
+    let seat = Seat::new(sitter);
+    let limit = shared.config.sessions_per_endpoint_max;
+    let Some(membership) = branch.join(&seat, limit) else {
+        let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
+        return client.goodbye(&encoded(&said)).await;
+    };
+    tracing::debug!(branch = %endpoint.branch, "client logged in");
+    let session = Session {
+        key: shared.keys.issue(&seat),
+        shared: shared.clone(),
+        branch,
+        client,
+        startup: startup.encode().into(),
+        replication: startup.is_replication(),
+        seat,
+        conversation: Conversation::new(),
+        up: Buffer::default(),
+        down: Buffer::default(),
+        kept: None,
+        generation: 0,
+        passed: [0; 2],
+        _membership: membership,
+    };
+    session.run().await;
+}
+
+/// How a session ends.
+#[derive(Debug)]
+enum End {
+    /// With words of the proxy's own.
+    Say(Said),
+    /// With words of the backend's.
+    Pass(Vec<u8>),
+    /// Without a word: the client is gone, or has been told.
+    Silent,
+}
+
+/// What became of a try to get a backend.
+enum Tried {
+    Attached(Box<Attached>),
+    /// A fence came up.
+    Fenced,
+    /// Nobody answered, or not yet.
+    Unreachable,
+}
+
+/// A backend that has been brought to where the client left off.
+struct Attached {
+    awake: Awake,
+    backend: Backend,
+    replayed: Replayed,
+}
+
+enum TryError {
+    Endpoint(EndpointError),
+    Start { generation: u64, error: StartError },
+    Replay { generation: u64, error: ReplayError },
+}
+
+struct Session {
+    shared: Arc<Shared>,
+    branch: Arc<Branch>,
+    client: ClientStream,
+    /// The start-up packet for each backend.
+    startup: Box<[u8]>,
+    replication: bool,
+    seat: Arc<Seat>,
+    key: IssuedKey,
+    conversation: Conversation,
+    up: Buffer,
+    down: Buffer,
+    /// The state to give back, while there is no backend; `None` before the first.
+    kept: Option<Arc<Kept>>,
+    /// The compute it is, or was last, attached to.
+    generation: u64,
+    /// Bytes passed on, up and down.
+    passed: [u64; 2],
+    _membership: Membership,
+}
+
+impl Session {
+    async fn run(mut self) {
+        let end = loop {
+            let mut backend = match self.attach().await {
+                Ok(backend) => backend,
+                Err(end) => break end,
+            };
+            if let Err(end) = self.attached(&mut backend).await {
+                self.close_backend(&mut backend, &end).await;
+                break end;
+            }
+            drop(backend);
+            if let Err(end) = self.hibernated().await {
+                break end;
+            }
+        };
+        self.end(end).await;
+    }
+
+    async fn end(self, end: End) {
+        for (count, direction) in self.passed.into_iter().zip(["up", "down"]) {
+            metrics::counter!("ebb_proxy_relayed_bytes_total", "direction" => direction).increment(count);
+        }
+        let words = match end {
+            End::Silent => Vec::new(),
+            End::Say(said) => {
+                tracing::debug!(sqlstate = said.sqlstate(), "session ended");
+                encoded(&said)
+            }
+            End::Pass(words) => words,
+        };
+        // In the middle of another message nothing can be said.
+        if self.conversation.server_at_boundary() {
+            self.client.goodbye(&[self.down.released(), &words].concat()).await;
+        }
+    }
+
+    /// What an order means to a session that is not in the middle of anything.
+    fn obey(&self) -> Result<(), End> {
+        if self.shared.shutdown.is_cancelled() {
+            return Err(End::Say(Said::draining(false)));
+        }
+        match self.seat.ordered() {
+            None => Ok(()),
+            Some(Order::Drain | Order::DrainNow) => Err(End::Say(Said::draining(false))),
+            Some(Order::Fenced) => Err(End::Say(Said::fenced_out("it did not come to rest in time"))),
+            Some(Order::Lost) => Err(End::Say(Said::compute_lost(false))),
+        }
+    }
+
+    fn conn(&self) -> u64 {
+        self.seat.sitter.conn
+    }
+
+    // Waiting.
+
+    /// Gets a backend and brings it to where the client left off, within the wake budget.
+    async fn attach(&mut self) -> Result<UnixStream, End> {
+        self.seat.set_doing(Doing::Waiting);
+        let budget = self.shared.config.wake_budget;
+        let deadline = Instant::now() + budget;
+        let mut notice_at = Instant::now() + NOTICE_AFTER;
+        loop {
+            self.obey()?;
+            if self.branch.begin_work(self.conn()) {
+                match self.attach_once(deadline, &mut notice_at).await? {
+                    Tried::Attached(attached) => return self.introduce(*attached).await,
+                    Tried::Fenced | Tried::Unreachable => {}
+                }
+            }
+            // At the gate until it moves, or between two tries.
+            let pause = if self.branch.gate() == Gate::Open { RETRY_AFTER } else { budget };
+            tokio::select! {
+                () = self.seat.attention() => {}
+                () = sleep(pause) => {}
+                () = sleep_until(notice_at) => self.notice(&mut notice_at).await?,
+                () = sleep_until(deadline) => {
+                    let open = self.branch.gate() == Gate::Open;
+                    return Err(End::Say(if open { Said::still_waking(budget) } else { Said::still_fenced(budget) }));
+                }
+            }
+        }
+    }
+
+    /// One try. A fence that comes up meanwhile calls it off.
+    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
+        let seat = self.seat.clone();
+        let trying =
+            try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone());
+        let mut trying = Box::pin(trying);
+        let result = loop {
+            tokio::select! {
+                result = &mut trying => break result,
+                () = seat.attention() => {
+                    self.obey()?;
+                    match self.branch.gate() {
+                        Gate::Open => {}
+                        // The client waits for the very compute that is to be suspended.
+                        Gate::Gathering(Unreplayable::Refuse) => self.branch.stand(self.conn(), Standing::Busy),
+                        Gate::Gathering(Unreplayable::End) | Gate::Detaching | Gate::Closed => {
+                            drop(trying);
+                            self.branch.stand(self.conn(), Standing::Apart);
+                            return Ok(Tried::Fenced);
+                        }
+                    }
+                }
+                () = sleep_until(*notice_at) => self.notice(notice_at).await?,
+                () = sleep_until(deadline) => {
+                    return Err(End::Say(Said::still_waking(self.shared.config.wake_budget)));
+                }
+            }
+        };
+        drop(trying);
+        let generation = match result {
+            Ok(attached) => return Ok(Tried::Attached(Box::new(attached))),
+            Err(TryError::Endpoint(error)) => return Err(End::Say(error.into())),
+            Err(TryError::Start { generation, error }) => match error {
+                StartError::Unreachable(error) => {
+                    tracing::debug!(%error, generation, "compute does not answer");
+                    generation
+                }
+                StartError::NotNow => generation,
+                StartError::Refused(body) => return Err(End::Pass(relayed_error(&body))),
+                StartError::Strange(what) => {
+                    tracing::error!(what, "compute answered with something unexpected");
+                    return Err(End::Say(Said::strange_backend(what)));
+                }
+            },
+            Err(TryError::Replay { generation, error: ReplayError::Lost }) => generation,
+            Err(TryError::Replay { error: ReplayError::Refused(why), .. }) => {
+                metrics::counter!("ebb_proxy_resumes_total", "result" => "error").increment(1);
+                return Err(End::Say(Said::not_replayed(&why)));
+            }
+        };
+        self.branch.forget(generation);
+        self.branch.stand(self.conn(), Standing::Apart);
+        Ok(Tried::Unreachable)
+    }
+
+    /// Tells the client, once, that it is waiting.
+    async fn notice(&mut self, at: &mut Instant) -> Result<(), End> {
+        *at = Instant::now() + self.shared.config.wake_budget * 2;
+        self.send(&encoded(&Said::waiting())).await
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
+        self.client.send(bytes).await.map_err(|_| End::Silent)
+    }
+
+    /// Tells the client what it has to know of its new backend: all of it the first time, changes later.
+    async fn introduce(&mut self, attached: Attached) -> Result<UnixStream, End> {
+        let Attached { awake, backend, replayed } = attached;
+        let target = CancelTarget { socket: awake.socket, key: backend.key };
+        self.generation = awake.generation;
+        self.seat.set_backend(awake.generation, Some(target));
+
+        let mut out = Vec::new();
+        for (name, value) in last_values(backend.parameters, replayed.parameters) {
+            if self.conversation.note_parameter(&name, &value) {
+                message(&mut out, b'S', |body| {
+                    cstr(body, &name);
+                    cstr(body, &value);
+                });
+            }
+        }
+        out.extend_from_slice(&backend.notices);
+        if self.kept.take().is_none() {
+            message(&mut out, b'K', |body| {
+                body.extend_from_slice(&self.key.key.id.to_be_bytes());
+                body.extend_from_slice(&self.key.key.secret.to_be_bytes());
+            });
+            message(&mut out, b'Z', |body| body.push(b'I'));
+        } else {
+            metrics::counter!("ebb_proxy_resumes_total", "result" => "ok").increment(1);
+            for (name, why) in replayed.lost_statements {
+                Said::statement_not_replayed(&name, &why).encode(&mut out);
+            }
+        }
+        if !out.is_empty() {
+            self.send(&out).await?;
+        }
+        Ok(backend.stream)
+    }
+
+    // Attached.
+
+    /// Relays until the session is hibernated (`Ok`) or ends.
+    async fn attached(&mut self, backend: &mut UnixStream) -> Result<(), End> {
+        loop {
+            let pause = self.link(backend).run().await;
+            match pause {
+                Pause::AtGate => {
+                    if let Some(kept) = self.at_gate(backend).await? {
+                        self.detach(backend, kept).await;
+                        return Ok(());
+                    }
+                }
+                Pause::Ordered(Order::Lost) => {
+                    // The compute is dead, but what its backends said last may lie in the socket.
+                    let rest = timeout(LAST_WORDS_TIMEOUT, self.link(backend).last_words()).await;
+                    return Err(self.ended(rest.unwrap_or(Pause::ServerGone)));
+                }
+                pause => return Err(self.ended(pause)),
+            }
+        }
+    }
+
+    fn link<'a>(&'a mut self, backend: &'a mut UnixStream) -> Link<'a> {
+        Link::new(
+            &mut self.client,
+            backend,
+            &mut self.up,
+            &mut self.down,
+            &mut self.conversation,
+            &self.seat,
+            &self.branch,
+            &mut self.passed,
+        )
+    }
+
+    /// What a pause that cannot be resumed means to the client.
+    fn ended(&self, pause: Pause) -> End {
+        let busy = !self.conversation.is_idle() || self.up.has_held();
+        match pause {
+            Pause::AtRest | Pause::AtGate => End::Say(Said::draining(false)),
+            Pause::Ordered(Order::Drain | Order::DrainNow) => End::Say(Said::draining(busy)),
+            Pause::Ordered(Order::Fenced) => End::Say(Said::fenced_out("a query or transaction was under way")),
+            Pause::ClientGone => End::Silent,
+            Pause::Malformed(what) => End::Say(Said::malformed(&what.to_string())),
+            Pause::ServerMalformed => {
+                tracing::error!("backend sent a malformed message");
+                End::Silent
+            }
+            Pause::Ordered(Order::Lost) | Pause::ServerGone => {
+                if self.conversation.is_terminated() || self.conversation.ends_with_error() {
+                    return End::Silent;
+                }
+                self.branch.forget(self.generation);
+                End::Say(Said::compute_lost(busy))
+            }
+        }
+    }
+
+    /// Stands at the gate, at rest. Answers the state in hand if the backend is to be let go, nothing if work goes on.
+    async fn at_gate(&mut self, backend: &mut UnixStream) -> Result<Option<Arc<Kept>>, End> {
+        let kept: Result<Arc<Kept>, String> = match self.examine(backend).await? {
+            Examined::Kept(kept) => {
+                self.branch.stand(self.conn(), Standing::Ready);
+                Ok(Arc::from(kept))
+            }
+            Examined::Pinned(reason) => {
+                self.seat.set_pin(Some(reason.clone()));
+                self.branch.stand(self.conn(), Standing::Pinned(reason.clone()));
+                Err(reason)
+            }
+        };
+        loop {
+            self.obey()?;
+            let gate = self.branch.gate();
+            match (gate, &kept) {
+                (Gate::Open, _) if self.branch.begin_work(self.conn()) => return Ok(None),
+                (Gate::Detaching | Gate::Closed, Ok(kept)) => return Ok(Some(kept.clone())),
+                (Gate::Detaching | Gate::Closed, Err(reason)) => {
+                    return Err(End::Say(Said::fenced_out(&format!("it has a {reason}"))));
+                }
+                _ => {}
+            }
+            let refusable = gate == Gate::Gathering(Unreplayable::Refuse) && self.up.is_empty();
+            tokio::select! {
+                () = self.seat.attention() => {}
+                first = self.client.read_u8(), if refusable => {
+                    self.up.push(first.map_err(|_| End::Silent)?);
+                    // A client that has work is a reason not to suspend. Should the fence be past refusing, the relay
+                    // comes straight back here.
+                    self.branch.stand(self.conn(), Standing::Busy);
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Reads the session's state. It cannot be broken off, but an order to end is heard.
+    async fn examine(&mut self, backend: &mut UnixStream) -> Result<Examined, End> {
+        if self.replication {
+            return Ok(Examined::Pinned("replication connection".to_owned()));
+        }
+        let mut aside = Vec::new();
+        let seat = self.seat.clone();
+        let examined = {
+            let mut examining = Box::pin(hibernate::examine(backend, &mut self.conversation, &mut aside));
+            loop {
+                tokio::select! {
+                    examined = &mut examining => break examined,
+                    () = seat.attention() => match seat.ordered() {
+                        None | Some(Order::Drain) => {}
+                        Some(Order::DrainNow) => return Err(End::Say(Said::draining(false))),
+                        Some(Order::Fenced) => return Err(End::Say(Said::fenced_out("its state was not read in time"))),
+                        Some(Order::Lost) => return Err(End::Say(Said::compute_lost(false))),
+                    },
+                }
+            }
+        };
+        if !aside.is_empty() {
+            self.send(&aside).await?;
+        }
+        examined.map_err(|lost| match lost.error {
+            Some(error) => End::Pass(relayed_error(&error)),
+            None => End::Say(Said::compute_lost(false)),
+        })
+    }
+
+    async fn detach(&mut self, backend: &mut UnixStream, kept: Arc<Kept>) {
+        self.kept = Some(kept);
+        self.seat.set_backend(0, None);
+        let closing = async {
+            backend.write_all(&TERMINATE).await?;
+            // The end of the stream is the end of the backend: whoever stops the compute next finds it gone.
+            while backend.read(&mut [0; 256]).await? > 0 {}
+            std::io::Result::Ok(())
+        };
+        // A backend that is stuck goes with its compute.
+        let _ = timeout(TERMINATE_TIMEOUT, closing).await;
+        metrics::counter!("ebb_proxy_hibernations_total").increment(1);
+    }
+
+    /// Makes ready for last words: brings the client to the end of the message begun, and lets the backend go.
+    async fn close_backend(&mut self, backend: &mut UnixStream, end: &End) {
+        if !matches!(end, End::Silent) && !self.conversation.server_at_boundary() {
+            let finishing = self.finish_message(backend);
+            // If it does not come, the client is cut off in the middle of it.
+            let _ = timeout(LAST_WORDS_TIMEOUT, finishing).await;
+        }
+        if self.conversation.client_at_boundary() && !self.up.has_released() {
+            // It would notice the closed socket as well, only with a line in its log.
+            let _ = backend.try_write(&TERMINATE);
+        }
+    }
+
+    async fn finish_message(&mut self, backend: &mut UnixStream) -> std::io::Result<()> {
+        let begun = self.down.released().to_vec();
+        self.down.discard_released();
+        self.client.write_all(&begun).await?;
+        let mut left = REST_OF_MESSAGE_MAX;
+        let mut chunk = vec![0; 4096];
+        while !self.conversation.server_at_boundary() && left > 0 {
+            let wanted = self.conversation.server_missing().min(chunk.len()).min(left);
+            let count = backend.read(&mut chunk[..wanted]).await?;
+            if count == 0 || self.conversation.from_server(&chunk[..count]).is_err() {
+                break;
+            }
+            self.client.write_all(&chunk[..count]).await?;
+            left -= count;
+        }
+        Ok(())
+    }
+
+    // Hibernated.
+
+    /// Sleeps until the client sends something that needs a backend.
+    async fn hibernated(&mut self) -> Result<(), End> {
+        let _gauge = GaugeGuard::new("ebb_proxy_sessions_hibernated");
+        self.conversation.shrink();
+        self.up.free();
+        self.down.free();
+        self.seat.set_doing(Doing::Hibernated);
+        self.branch.stand(self.conn(), Standing::Apart);
+        if !self.up.is_empty() {
+            return Ok(());
+        }
+        loop {
+            self.obey()?;
+            tokio::select! {
+                () = self.seat.attention() => {}
+                // One byte: a sleeping client needs no buffer.
+                first = self.client.read_u8() => match first {
+                    Ok(b'X') | Err(_) => return Err(End::Silent),
+                    Ok(first) => {
+                        self.up.push(first);
+                        return Ok(());
+                    }
+                },
+            }
+        }
+    }
+}
+
+/// `Terminate`.
+const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
+
+/// Wake, connect, start, replay.
+async fn try_attach(
+    shared: Arc<Shared>,
+    branch: Arc<Branch>,
+    startup: Box<[u8]>,
+    kept: Option<Arc<Kept>>,
+) -> Result<Attached, TryError> {
+    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    let generation = awake.generation;
+    let started = Backend::start(&awake.socket, &startup).await;
+    let mut backend = started.map_err(|error| TryError::Start { generation, error })?;
+    let replayed = match &kept {
+        None => Replayed::default(),
+        Some(kept) => {
+            let replayed = hibernate::replay(&mut backend.stream, kept).await;
+            replayed.map_err(|error| TryError::Replay { generation, error })?
+        }
+    };
+    Ok(Attached { awake, backend, replayed })
+}
+
+/// Parameters as a start-up and a replay left them, each once, in the start-up's order.
+fn last_values(mut first: Vec<(Vec<u8>, Vec<u8>)>, then: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    for (name, value) in then {
+        match first.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) => *known = value,
+            None => first.push((name, value)),
+        }
+    }
+    first
+}
+
+/// Counts one in a gauge while it lives.
+pub struct GaugeGuard(&'static str);
+
+impl GaugeGuard {
+    /// One more.
+    pub fn new(gauge: &'static str) -> Self {
+        metrics::gauge!(gauge).increment(1);
+        Self(gauge)
+    }
+}
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        metrics::gauge!(self.0).decrement(1);
+    }
+}
