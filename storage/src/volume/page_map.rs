@@ -181,7 +181,7 @@ mod tests {
                     }
                 }
             }
-            for page in 0..PAGES {
+            for page in (0..PAGES).filter(|page| page % 61 == 0 || page % 512 < 2 || page % 512 > 509) {
                 prop_assert_eq!(map.get(page), plain[page as usize]);
                 let max = (PAGES - page).min(700);
                 let same = plain[page as usize..][..max as usize].iter().take_while(|&&s| s == plain[page as usize]);
