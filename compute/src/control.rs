@@ -1,7 +1,14 @@
 //! What `ebb serve` and a unit say to each other: one JSON object a line over the unit's private Unix socket.
 
+use std::io;
+
 use ebb_types::{LayerId, Lsn};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// LIMIT: a status with all its stages has a few hundred bytes.
+const LINE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A request to a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,4 +67,51 @@ pub struct Status {
     pub restarts: u32,
     /// Stages of this unit's wake, in the order they ended: name and microseconds since the unit was asked for.
     pub stages: Vec<(String, u64)>,
+}
+
+/// Sends one message as a line.
+pub(crate) async fn send<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    to.write_all(&line).await?;
+    to.flush().await
+}
+
+/// Receives one message; `None` when the other side has closed.
+///
+/// # Errors
+/// `InvalidData` for a line that is too long, cut off, or no message of this kind.
+pub(crate) async fn receive<T: DeserializeOwned>(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<T>> {
+    let mut line = Vec::new();
+    from.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await?;
+    match line.last() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(serde_json::from_slice(&line)?)),
+        Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "a line is too long or was cut off")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn messages_are_lines() {
+        let mut wire = Vec::new();
+        send(&mut wire, &Request::Seal { layer: LayerId::for_test(7) }).await.unwrap();
+        assert_eq!(
+            String::from_utf8(wire.clone()).unwrap(),
+            "{\"do\":\"seal\",\"layer\":\"ly_00000000000000000000000000000007\"}\n"
+        );
+        let mut from = wire.as_slice();
+        assert_eq!(receive(&mut from).await.unwrap(), Some(Request::Seal { layer: LayerId::for_test(7) }));
+        assert_eq!(receive::<Request>(&mut from).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_message_is_an_error() {
+        for wire in ["{\"do\":\"status\"}", "{}\n", "\n", &"x".repeat(70_000)] {
+            assert!(receive::<Request>(&mut wire.as_bytes()).await.is_err(), "{:.20?} was taken", wire);
+        }
+    }
 }

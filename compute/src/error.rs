@@ -1,9 +1,9 @@
 //! What can go wrong with a compute.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use ebb_types::ErrorKind;
+use ebb_types::{ErrorKind, Hint};
 
 /// The result of an act on a compute.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -17,15 +17,32 @@ pub enum Error {
         /// Where it was looked for.
         looked: Vec<String>,
     },
+    /// Ebb is root, and there is no user Postgres could run as.
+    #[error("none of the users {0} exists for Postgres to run as")]
+    NoUser(String),
     /// A process, socket or file could not be used.
-    #[error("cannot {act} {what}")]
+    #[error("cannot {act} {what:?}")]
     Os {
         /// What was tried, as a verb.
         act: &'static str,
         /// On what.
-        what: String,
+        what: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The system does not let the unit isolate itself.
+    #[error("cannot {act} for the unit's isolation")]
+    Isolation {
+        /// What was tried.
+        act: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The template cluster could not be made.
+    #[error("cannot make the template cluster: {why}")]
+    Template {
+        /// What initdb or the server complained about last.
+        why: String,
     },
     /// Postgres did not come up.
     #[error("postgres did not start: {why}")]
@@ -53,9 +70,55 @@ impl Error {
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::NoPostgres { .. } | Error::Os { .. } | Error::Refused(_) => ErrorKind::Internal,
+            Error::Os { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Unavailable,
+            Error::NoPostgres { .. }
+            | Error::NoUser(_)
+            | Error::Os { .. }
+            | Error::Isolation { .. }
+            | Error::Template { .. }
+            | Error::Refused(_) => ErrorKind::Internal,
             Error::Start { .. } | Error::Gone | Error::Deadline(_) => ErrorKind::Unavailable,
             Error::Storage(storage) => storage.kind(),
         }
     }
+}
+
+impl Hint for Error {
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Error::NoPostgres { .. } => {
+                "Install one (Debian: apt-get install postgresql-15), or set EBB_PG_BIN to its bin directory.".to_owned()
+            }
+            Error::NoUser(_) => "Create one: useradd --system ebb.".to_owned(),
+            Error::Isolation { .. } => "Run ebb serve as root, or allow unprivileged user namespaces \
+                (sysctl user.max_user_namespaces) and access to /dev/fuse."
+                .to_owned(),
+            Error::Start { log, .. } => format!("The whole log is in {}.", log.display()),
+            _ => return None,
+        })
+    }
+}
+
+/// Adds to an I/O error what was tried on what.
+pub(crate) trait OsContext<T> {
+    /// Names the act (a verb) and the thing.
+    fn on(self, act: &'static str, what: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> OsContext<T> for std::result::Result<T, E> {
+    fn on(self, act: &'static str, what: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| Error::Os { act, what: what.as_ref().to_owned(), source: source.into() })
+    }
+}
+
+/// An error and its causes on one line, for a log or another process.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

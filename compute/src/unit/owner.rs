@@ -1,0 +1,394 @@
+//! The task that owns the unit: it alone starts, stops and seals; everyone else asks it.
+
+use std::collections::VecDeque;
+use std::process::{Command, ExitCode};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ebb_storage::volume::{Mount, MountOptions, Sealed, Volume, VolumeDirs};
+use ebb_types::{LayerId, Lsn};
+use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::isolation::House;
+use super::postmaster::{Event, Plan, Postmaster};
+use super::roles::Roles;
+use super::server::{self, Ask};
+use crate::clock::Stages;
+use crate::control::{Reply, Request, Status};
+use crate::error::{Error, OsContext, Result, chain};
+use crate::manager::UnitSpec;
+use crate::user::RunAs;
+use crate::{files, long_path};
+
+/// How soon a role made in SQL can log in through the proxy. A look costs Postgres well below a millisecond.
+const ROLES_EVERY: Duration = Duration::from_secs(1);
+
+/// Whoever the wake was for goes first: a session of the unit's own would take processor time from theirs.
+const ROLES_AFTER_READY: Duration = Duration::from_millis(100);
+
+/// LIMIT: a fast shutdown writes out at most shared_buffers; whoever takes longer is stopped at once, and recovers.
+const FAST_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// LIMIT: an immediate shutdown writes nothing; after this it is killed, which comes to the same.
+const IMMEDIATE_SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// LIMIT: a server that crashes more often than this within [`RESTARTS_WITHIN`] will go on doing so: a person must look.
+const RESTARTS_MAX: usize = 5;
+
+/// See [`RESTARTS_MAX`].
+const RESTARTS_WITHIN: Duration = Duration::from_secs(60);
+
+/// The wait before a second restart in a row; doubled for each further one.
+const BACKOFF: Duration = Duration::from_millis(100);
+
+/// LIMIT: a reply is a few hundred bytes to a local peer.
+const FAREWELL_DEADLINE: Duration = Duration::from_secs(1);
+
+/// What others may see of the unit at any time.
+#[derive(Debug)]
+struct View {
+    ready: bool,
+    ever_ready: bool,
+    postmaster_pid: Option<u32>,
+    wal_end: Option<Lsn>,
+    restarts: u32,
+    stages: Stages,
+}
+
+type SharedView = Arc<Mutex<View>>;
+
+fn look(view: &SharedView) -> MutexGuard<'_, View> {
+    view.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl View {
+    /// Notes the end of a stage of the first start; what a restart takes is in the log.
+    fn stage(&mut self, stage: &str) {
+        if !self.ever_ready {
+            self.stages.end(stage);
+        }
+    }
+
+    fn status(&self, dirty: bool) -> Status {
+        Status {
+            ready: self.ready,
+            postmaster_pid: self.postmaster_pid,
+            wal_end: self.wal_end,
+            dirty,
+            restarts: self.restarts,
+            stages: self.stages.ended(),
+        }
+    }
+}
+
+/// An open, mounted volume.
+#[derive(Debug)]
+struct Mounted {
+    volume: Arc<Volume>,
+    mount: Mount,
+}
+
+/// The unit.
+#[derive(Debug)]
+pub(super) struct Owner {
+    dirs: VolumeDirs,
+    house: Arc<House>,
+    plan: Plan,
+    view: SharedView,
+    roles: Roles,
+    /// When Postgres was restarted lately, oldest first.
+    restarted: VecDeque<Instant>,
+    events: mpsc::Receiver<Event>,
+    events_sender: mpsc::Sender<Event>,
+}
+
+/// What the owner does next.
+#[derive(Debug)]
+enum Action {
+    Event(Event),
+    Ask(Ask),
+    LookAtRoles,
+    Terminate,
+}
+
+impl Owner {
+    /// Owns a unit that is isolated and has nothing open yet.
+    pub fn new(spec: UnitSpec, dirs: VolumeDirs, house: House, plan: Plan, stages: Stages) -> Self {
+        // LIMIT: two events for each run of Postgres, and one run at a time.
+        let (events_sender, events) = mpsc::channel(4);
+        let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles);
+        let view = View { ready: false, ever_ready: false, postmaster_pid: None, wal_end: None, restarts: 0, stages };
+        Self {
+            dirs,
+            house: Arc::new(house),
+            plan,
+            view: Arc::new(Mutex::new(view)),
+            roles,
+            restarted: VecDeque::new(),
+            events,
+            events_sender,
+        }
+    }
+
+    /// Starts Postgres and serves until the unit is stopped.
+    pub fn run(self) -> Result<ExitCode> {
+        let mounted = mount(&self.dirs, &self.house, self.plan.user, &self.view)?;
+        let postmaster = self.start_postgres()?;
+        // Postgres is on its way: everything from here on is done while it comes up.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .on("start", "the unit's runtime")?;
+        let branch_dir = self.dirs.branch.clone();
+        let end = runtime.block_on(self.serve(mounted, postmaster));
+        for name in [files::CONTROL, files::PID] {
+            let _ = std::fs::remove_file(branch_dir.join(name));
+        }
+        end.map(|()| ExitCode::SUCCESS)
+    }
+
+    fn start_postgres(&self) -> Result<Postmaster> {
+        if !geteuid().is_root() {
+            // The image of a running source has its postmaster.pid. Postgres refuses to start if it takes that number
+            // for a live server, and for its own user's processes it cannot tell this unit's threads from one. (Where
+            // the unit is root it can: PostgreSQL 15 miscinit.c, CreateLockFile.) Another process removes it, because
+            // the one that serves a FUSE mount must not wait for it.
+            let stale = self.house.data().join("postmaster.pid");
+            Command::new("/bin/rm").arg("-f").arg(&stale).status().on("remove", &stale)?;
+        }
+        let (view, events) = (self.view.clone(), &self.events_sender);
+        let on_ready = move || {
+            let status = {
+                let mut view = look(&view);
+                view.ready = true;
+                if view.ever_ready {
+                    return;
+                }
+                view.stage("ready");
+                view.ever_ready = true;
+                view.status(true)
+            };
+            super::say_ready(&status);
+        };
+        let postmaster = Postmaster::spawn(&self.plan, events, on_ready)?;
+        let mut view = look(&self.view);
+        view.postmaster_pid = self.house.host_pid_of(postmaster.pid());
+        view.stage("started");
+        tracing::info!(pid = postmaster.pid(), "postgres started");
+        Ok(postmaster)
+    }
+
+    async fn serve(mut self, mounted: Mounted, postmaster: Postmaster) -> Result<()> {
+        let path = self.dirs.branch.join(files::CONTROL);
+        let listener = long_path::listen(&path).on("listen at", &path)?;
+        let (asks_sender, mut asks) = mpsc::channel(1);
+        let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
+        let accepting =
+            tokio::spawn(server::serve(listener, asks_sender, closing.clone(), connections.clone()));
+
+        let ended = self.serve_until_end(mounted, postmaster, &mut asks).await;
+        // Order: no new requests, then every reply goes out, then the process may end.
+        closing.cancel();
+        drop(asks);
+        let _ = accepting.await;
+        connections.close();
+        let _ = timeout(FAREWELL_DEADLINE, connections.wait()).await;
+        ended
+    }
+
+    async fn serve_until_end(
+        &mut self,
+        mounted: Mounted,
+        postmaster: Postmaster,
+        asks: &mut mpsc::Receiver<Ask>,
+    ) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).on("listen for", "SIGTERM")?;
+        let mut look_at_roles = interval(ROLES_EVERY);
+        look_at_roles.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut mounted, mut postmaster) = (mounted, postmaster);
+        loop {
+            let ready = look(&self.view).ready;
+            let action = tokio::select! {
+                biased;
+                Some(event) = self.events.recv() => Action::Event(event),
+                Some(ask) = asks.recv() => Action::Ask(ask),
+                _ = terminate.recv() => Action::Terminate,
+                _ = look_at_roles.tick(), if ready => Action::LookAtRoles,
+            };
+            match action {
+                Action::Event(Event::Ready) => {
+                    tracing::info!("postgres is ready");
+                    look_at_roles.reset_after(ROLES_AFTER_READY);
+                }
+                Action::Event(Event::Exited(how)) => {
+                    (mounted, postmaster) = self.recover(mounted, postmaster, how).await?;
+                }
+                Action::LookAtRoles => self.look_at_roles().await,
+                Action::Ask(Ask { request: Request::Status, reply }) => {
+                    let volume = mounted.volume.clone();
+                    let dirty = blocking(move || volume.is_dirty()).await;
+                    let _ = reply.send(Reply::Status(look(&self.view).status(dirty)));
+                }
+                Action::Ask(Ask { request: Request::Seal { layer }, reply }) => {
+                    // The layer carries roles.json: it must know the roles that are in the image.
+                    self.look_at_roles().await;
+                    let volume = mounted.volume.clone();
+                    let sealed = blocking(move || volume.seal(layer)).await;
+                    let _ = reply.send(reply_to_seal(sealed.map_err(Error::from)));
+                }
+                Action::Ask(Ask { request: Request::Stop { layer }, reply }) => {
+                    let sealed = self.stop(mounted, postmaster, Some(layer)).await;
+                    let _ = reply.send(reply_to_seal(sealed.map(|sealed| sealed.expect("a layer was asked for"))));
+                    return Ok(());
+                }
+                Action::Ask(Ask { request: Request::Discard, reply }) => {
+                    tracing::info!("discarded");
+                    postmaster.signal(Signal::SIGKILL);
+                    self.await_exit(&postmaster, None).await;
+                    blocking(move || {
+                        postmaster.bury();
+                        drop(mounted);
+                    })
+                    .await;
+                    let _ = reply.send(Reply::Discarded);
+                    return Ok(());
+                }
+                Action::Terminate => {
+                    // The machine shuts down, or someone ends this unit politely. What is in the upper stays there.
+                    tracing::info!("terminated");
+                    return self.stop(mounted, postmaster, None).await.map(drop);
+                }
+            }
+        }
+    }
+
+    /// Publishes roles, if Postgres answers; a failure is worth a line, and the next look tries again.
+    async fn look_at_roles(&mut self) {
+        if !look(&self.view).ready {
+            return;
+        }
+        match self.roles.publish().await {
+            Ok(Some(wal_end)) => look(&self.view).wal_end = Some(wal_end),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(error = chain(&error), "roles were not published"),
+        }
+    }
+
+    /// Stops Postgres, unmounts, and seals into `layer` if there is one.
+    async fn stop(
+        &mut self,
+        mounted: Mounted,
+        postmaster: Postmaster,
+        layer: Option<LayerId>,
+    ) -> Result<Option<Sealed>> {
+        self.look_at_roles().await;
+        self.roles.close();
+        look(&self.view).ready = false;
+        postmaster.signal(Signal::SIGINT);
+        if !self.await_exit(&postmaster, Some(FAST_SHUTDOWN_DEADLINE)).await {
+            tracing::warn!("postgres did not shut down in time and is stopped at once");
+            postmaster.signal(Signal::SIGQUIT);
+            if !self.await_exit(&postmaster, Some(IMMEDIATE_SHUTDOWN_DEADLINE)).await {
+                postmaster.signal(Signal::SIGKILL);
+                self.await_exit(&postmaster, None).await;
+            }
+        }
+        look(&self.view).postmaster_pid = None;
+        blocking(move || {
+            postmaster.bury();
+            mounted.mount.unmount()?;
+            Ok(layer.map(|layer| mounted.volume.seal(layer)).transpose()?)
+        })
+        .await
+    }
+
+    /// Waits for the postmaster's end; `false` if it took longer than allowed.
+    async fn await_exit(&mut self, postmaster: &Postmaster, deadline: Option<Duration>) -> bool {
+        let exited = async {
+            while let Some(event) = self.events.recv().await {
+                if let Event::Exited(how) = event {
+                    tracing::info!(pid = postmaster.pid(), how, "postgres ended");
+                    return;
+                }
+            }
+        };
+        match deadline {
+            Some(deadline) => timeout(deadline, exited).await.is_ok(),
+            None => {
+                exited.await;
+                true
+            }
+        }
+    }
+
+    /// Starts Postgres again after it ended by itself, on a freshly opened volume.
+    async fn recover(&mut self, mounted: Mounted, postmaster: Postmaster, how: String) -> Result<(Mounted, Postmaster)> {
+        let ever_ready = {
+            let mut view = look(&self.view);
+            view.ready = false;
+            view.postmaster_pid = None;
+            view.ever_ready
+        };
+        self.roles.close();
+        let (complaint, unmounted) = blocking(move || (postmaster.bury(), mounted.mount.unmount())).await;
+        let why = complaint.map_or_else(|| format!("it {how}"), |complaint| format!("{complaint} (it {how})"));
+        tracing::error!(how, why, "postgres ended by itself");
+        unmounted?;
+        let log = self.plan.log.clone();
+        if !ever_ready {
+            return Err(Error::Start { why, log });
+        }
+        let now = Instant::now();
+        self.restarted.retain(|restarted| now.duration_since(*restarted) < RESTARTS_WITHIN);
+        if self.restarted.len() >= RESTARTS_MAX {
+            let why = format!("it ended {} times within a minute, the last time with: {why}", RESTARTS_MAX + 1);
+            return Err(Error::Start { why, log });
+        }
+        if let Some(doubled) = self.restarted.len().checked_sub(1) {
+            sleep(BACKOFF * 2_u32.pow(doubled as u32)).await;
+        }
+        self.restarted.push_back(Instant::now());
+        look(&self.view).restarts += 1;
+        let (dirs, house, user, view) = (self.dirs.clone(), self.house.clone(), self.plan.user, self.view.clone());
+        let mounted = blocking(move || mount(&dirs, &house, user, &view)).await?;
+        let postmaster = self.start_postgres()?;
+        Ok((mounted, postmaster))
+    }
+}
+
+fn mount(dirs: &VolumeDirs, house: &House, user: RunAs, view: &SharedView) -> Result<Mounted> {
+    let volume = Volume::open(dirs)?;
+    look(view).stage("opened");
+    let options = MountOptions {
+        uid: user.uid,
+        gid: user.gid,
+        allow_other: geteuid().is_root(),
+        // LIMIT: FUSE threads mostly wait; two let a read pass a sync, more than four bring nothing.
+        threads: thread::available_parallelism().map_or(2, usize::from).clamp(2, 4),
+    };
+    let mount = volume.mount(&house.data(), &options)?;
+    look(view).stage("mounted");
+    Ok(Mounted { volume, mount })
+}
+
+fn reply_to_seal(sealed: Result<Sealed>) -> Reply {
+    match sealed {
+        Ok(Sealed { layer, new }) => Reply::Sealed { layer, new },
+        Err(error) => Reply::Failed { message: chain(&error) },
+    }
+}
+
+/// Runs what blocks on a thread for it.
+async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(act).await {
+        Ok(done) => done,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}
