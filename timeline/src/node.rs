@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use async_trait::async_trait;
 use ebb_compute::control::Status;
@@ -123,6 +124,8 @@ pub struct LocalNode {
     bucket: Bucket,
     store: NodeStore,
     units: Mutex<HashMap<BranchId, Unit>>,
+    /// Looked for once: asking each server for its version is a process, and has no place in a wake.
+    installations: OnceLock<Vec<Installation>>,
     /// One template is made at a time.
     templates: tokio::sync::Mutex<HashMap<u32, LayerId>>,
 }
@@ -138,7 +141,15 @@ impl LocalNode {
     /// Names a machine's parts; touches nothing.
     pub fn new(data_dir: PathBuf, exe: PathBuf, bucket: Bucket) -> Self {
         let store = NodeStore::new(&data_dir, bucket.clone());
-        Self { data_dir, exe, bucket, store, units: Mutex::default(), templates: tokio::sync::Mutex::default() }
+        Self {
+            data_dir,
+            exe,
+            bucket,
+            store,
+            units: Mutex::default(),
+            installations: OnceLock::new(),
+            templates: tokio::sync::Mutex::default(),
+        }
     }
 
     fn branch_dir(&self, branch: BranchId) -> PathBuf {
@@ -164,10 +175,14 @@ impl LocalNode {
         Ok(())
     }
 
+    fn installations(&self) -> &[Installation] {
+        self.installations.get_or_init(postgres::installations)
+    }
+
     fn installation(&self, pg_major: u32) -> Result<Installation> {
-        let found = postgres::installations();
+        let found = self.installations();
         let have = found.iter().map(|one| one.major.to_string()).collect::<Vec<_>>().join(", ");
-        found.into_iter().rev().find(|one| one.major == pg_major).ok_or_else(|| {
+        found.iter().find(|one| one.major == pg_major).cloned().ok_or_else(|| {
             Refusal::Invalid(format!("PostgreSQL {pg_major} is not installed on this node (it has: {have})")).into()
         })
     }
@@ -259,7 +274,7 @@ impl Node for LocalNode {
     fn pg_major(&self, wanted: Option<u32>) -> Result<u32> {
         match wanted {
             Some(wanted) => Ok(self.installation(wanted)?.major),
-            None => match postgres::installations().last() {
+            None => match self.installations().last() {
                 Some(newest) => Ok(newest.major),
                 None => Err(ebb_compute::Error::NoPostgres { looked: Vec::new() }.into()),
             },
