@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
 use ebb_timeline::Service;
 use ebb_timeline::clients::{Activity, Clients, SessionRow};
-use ebb_types::{BranchId, EndpointName, Hint, SqlState};
+use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, SqlState};
 
 /// The timeline service, as the proxy sees it.
 #[derive(Debug, Default)]
@@ -37,23 +37,31 @@ impl ServiceEndpoints {
 #[async_trait]
 impl Endpoints for ServiceEndpoints {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
-        let found = self.service()?.find(name).await.map_err(to_client)?;
+        let found = self.service()?.find(name).await.map_err(reported)?;
         Ok(Endpoint { branch: found.branch, name: name.clone(), default_database: found.default_database })
     }
 
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
-        self.service()?.verifier(branch, role).await.map_err(to_client)
+        self.service()?.verifier(branch, role).await.map_err(reported)
     }
 
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
+        // The service itself reports a wake that failed, once for all who waited.
         let unit = self.service()?.wake(branch).await.map_err(to_client)?;
         Ok(Awake { generation: unit.generation, socket: unit.socket })
     }
 }
 
+/// Tells the operator what the client is not told.
+fn reported(error: ebb_timeline::Error) -> EndpointError {
+    if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Internal) {
+        tracing::error!(error = error.chain(), "a client was refused");
+    }
+    to_client(error)
+}
+
 /// What of a failure a client is told: the outermost message and advice, not the paths and causes behind it.
 fn to_client(error: ebb_timeline::Error) -> EndpointError {
-    tracing::debug!(error = error.chain(), "an endpoint cannot be served");
     EndpointError { sqlstate: error.sql_state(), message: error.to_string(), detail: None, hint: error.hint() }
 }
 
@@ -90,7 +98,7 @@ impl Clients for ProxyClients {
 fn row(session: SessionInfo) -> SessionRow {
     let (state, reason) = match session.state {
         SessionState::Waiting => ("waiting", None),
-        SessionState::Active => ("active", None),
+        SessionState::Active => ("active", Some("in a query or an open transaction".to_owned())),
         SessionState::Idle => ("idle", None),
         SessionState::Pinned { reason } => ("pinned", Some(reason)),
         SessionState::Hibernated => ("hibernated", None),

@@ -160,13 +160,13 @@ fn a_full_disk_refuses_work_and_loses_nothing() {
         node.ok(&["project", "create", "shop"]);
         node.psql("shop/prod", "create table t as select generate_series(1, 1000) as n");
         node.suspend("shop/prod");
+        let url = node.url("shop/prod");
         let ballast = disk.join("ballast");
         let fill = Command::new("dd").args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display())).output();
         assert!(fill.is_ok());
         let ran = node.ebb(&["branch", "create", "shop/pr-1"]);
         assert_eq!(ran.code, 5, "{ran:?}");
         assert!(ran.stderr.contains("free") || ran.stderr.contains("space"), "{}", ran.stderr);
-        let url = node.url("shop/prod");
         let ran = node.tool("psql", &["-XAtq", "-v", "VERBOSITY=verbose", &url, "-c", "select 1"]);
         assert_ne!(ran.code, 0, "a wake on a full disk is refused");
         std::fs::remove_file(&ballast).expect("the ballast can be removed");

@@ -22,7 +22,7 @@ async fn one_connection_lives_through_three_rounds_with_all_it_had_set() {
     client
         .batch_execute(
             "set application_name = 'three rounds'; set search_path = pg_catalog, public; set timezone = 'Asia/Tokyo'; \
-             set myapp.tenant = 'blue'; set role pg_monitor; reset role; set statement_timeout = '47s'",
+             set myapp.tenant = 'blue'; set statement_timeout = '47s'",
         )
         .await
         .expect("settings can be set");

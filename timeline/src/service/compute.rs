@@ -471,8 +471,8 @@ impl Service {
         Ok(())
     }
 
-    /// Suspends every compute, within the deadline as far as that is possible; the rest goes on and is adopted by the
-    /// next service. After this the service takes on no more work.
+    /// Suspends every compute and uploads what that sealed, within the deadline as far as that is possible; the rest
+    /// goes on and is adopted, or uploaded, by the next service. After this the service takes on no more work.
     pub async fn suspend_all(self: &Arc<Self>, deadline: Duration) {
         let until = Instant::now() + deadline;
         let mut suspensions = Vec::new();
@@ -486,6 +486,12 @@ impl Service {
         let all = futures::future::join_all(suspensions);
         if tokio::time::timeout(deadline, all).await.is_err() {
             tracing::warn!("some computes did not stop in time; they go on until the next start finds them");
+        }
+        // What the stop has sealed goes up before the process ends, so that a bucket copied now is complete.
+        match tokio::time::timeout_at(until.into(), self.upload_pending()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.report("uploading layers", &error),
+            Err(_) => tracing::warn!("some layers are not in the bucket yet; the next start uploads them"),
         }
         self.stopping.cancel();
         self.tasks.close();
