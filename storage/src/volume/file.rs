@@ -299,7 +299,7 @@ impl FileNode {
         }
         let file = self.upper_file(core, data, upper)?;
         let last = size / BLOCK_BYTES;
-        if size % BLOCK_BYTES != 0 && data.map.get(last as u32) != HOLE && !is_in(data, last, upper) {
+        if !size.is_multiple_of(BLOCK_BYTES) && data.map.get(last as u32) != HOLE && !is_in(data, last, upper) {
             self.copy_up(core, data, &file, last)?;
             data.map.set(last as u32, 1, upper.slot);
         }

@@ -156,7 +156,7 @@ impl Image {
             file.map.truncate(blocks(floor));
             // The block that the cut went through is the upper's, though only its front shows through from below.
             let cut = (floor / BLOCK_BYTES) as u32;
-            if floor % BLOCK_BYTES != 0 && file.map.get(cut) != HOLE && !holds(&whole, cut) {
+            if !floor.is_multiple_of(BLOCK_BYTES) && file.map.get(cut) != HOLE && !holds(&whole, cut) {
                 partial.entry(cut).or_default();
             }
         }
@@ -257,8 +257,11 @@ impl Below<'_> {
 /// The parts of a block that are data, as offsets in it.
 type Parts = Vec<(usize, usize)>;
 
-/// Which blocks of a data file are data: whole runs of them (start, length), and the parts of those that are not.
-fn coverage(file: &File, size: u64) -> io::Result<(Vec<(u32, u32)>, BTreeMap<u32, Parts>)> {
+/// A first block and how many.
+type BlockRun = (u32, u32);
+
+/// Which blocks of a data file are data: runs of whole ones, and the parts of those that are not.
+fn coverage(file: &File, size: u64) -> io::Result<(Vec<BlockRun>, BTreeMap<u32, Parts>)> {
     let (mut whole, mut partial) = (Vec::new(), BTreeMap::<u32, Parts>::new());
     let mut at = 0;
     while let Some((start, end)) = next_data(file, at, size)? {
@@ -276,7 +279,7 @@ fn coverage(file: &File, size: u64) -> io::Result<(Vec<(u32, u32)>, BTreeMap<u32
             part(start, first_whole);
         }
         let first = (first_whole / BLOCK_BYTES) as u32;
-        if first_whole % BLOCK_BYTES == 0 && first < after_whole {
+        if first_whole.is_multiple_of(BLOCK_BYTES) && first < after_whole {
             whole.push((first, after_whole - first));
         }
         let tail = (u64::from(after_whole) * BLOCK_BYTES).max(first_whole);
@@ -306,7 +309,7 @@ pub(super) fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u
 }
 
 /// Whether one of these runs holds a block.
-fn holds(runs: &[(u32, u32)], block: u32) -> bool {
+fn holds(runs: &[BlockRun], block: u32) -> bool {
     runs.iter().any(|&(start, len)| (start..start + len).contains(&block))
 }
 

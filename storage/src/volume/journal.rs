@@ -128,11 +128,14 @@ impl Journal {
         Ok(Self::new(file, &bytes, HEADER_BYTES))
     }
 
-    /// Opens a journal whose contents were read; cuts off what is after them, and syncs the rest.
+    /// Opens a journal whose contents were read; cuts off what is after them, and syncs the rest. The header is on disk
+    /// since it was made: an empty journal costs nothing.
     pub(super) fn open(path: &Path, contents: &Contents) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path).on("open", path)?;
-        file.set_len(contents.end).on("truncate", path)?;
-        file.sync_all().on("sync", path)?;
+        if file.metadata().on("read", path)?.len() != HEADER_BYTES {
+            file.set_len(contents.end).on("truncate", path)?;
+            file.sync_all().on("sync", path)?;
+        }
         Ok(Self::new(file, &encode_header(contents.header), contents.end))
     }
 
@@ -235,10 +238,8 @@ fn decode(bytes: &[u8]) -> Result<Contents, String> {
     }
     // What cannot be read must not have been promised to anyone.
     for later in at + 1..bytes.len().saturating_sub(RECORD_HEADER_BYTES) {
-        if let Some((_, synced, _)) = decode_record(&salt, bytes, later) {
-            if synced > at as u64 {
-                return Err(format!("the record at {at} is damaged; it had been synced, and records follow it"));
-            }
+        if decode_record(&salt, bytes, later).is_some_and(|(_, synced, _)| synced > at as u64) {
+            return Err(format!("the record at {at} is damaged; it had been synced, and records follow it"));
         }
     }
     Ok(Contents { header, records, end: at as u64 })

@@ -147,8 +147,7 @@ fn give(from: &Path, to: &Path, image: &ImageInfo, next: Option<&PathBuf>, segme
 }
 
 fn give_history(from: &Path, to: &Path) -> Result<()> {
-    let Ok(files) = wal_files_in(from) else { return Ok(()) };
-    for (name, path) in files.into_iter().filter(|(name, _)| is_history(name)) {
+    for (name, path) in wal_files_in(from)?.into_iter().filter(|(name, _)| is_history(name)) {
         let copy = to.join(name);
         fs::copy(&path, &copy).on("copy", &path)?;
         File::open(&copy).and_then(|file| file.sync_all()).on("sync", &copy)?;
@@ -246,3 +245,148 @@ fn is_same(a: &Path, b: &Path) -> Result<bool> {
 
 /// LIMIT: compared at once; segments are at least this large.
 const COMPARE_BYTES: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use ebb_types::Lsn;
+
+    use super::*;
+
+    const SEGMENT: u32 = 1 << 20;
+
+    fn image(redo: u64) -> ImageInfo {
+        ImageInfo {
+            pg_major: 15,
+            system_identifier: 7,
+            redo: Lsn(redo),
+            pg_timeline: 1,
+            wal_segment_bytes: SEGMENT,
+            clean: false,
+        }
+    }
+
+    fn segment(number: u64) -> WalSegment {
+        WalSegment { pg_timeline: 1, number, segment_bytes: SEGMENT }
+    }
+
+    /// Writes a segment with this many pages begun, whose first page begins with the rest of a record.
+    fn write(dir: &Path, number: u64, pages: u64, rest: u32) {
+        let file = File::create(dir.join(segment(number).file_name())).unwrap();
+        file.set_len(u64::from(SEGMENT)).unwrap();
+        for page in 0..pages {
+            let mut header = [0x77; 100];
+            header[..2].copy_from_slice(&0xD110_u16.to_le_bytes());
+            let continues = page == 0 && rest > 0;
+            header[2..4].copy_from_slice(&u16::from(continues).to_le_bytes());
+            let address = number * u64::from(SEGMENT) + page * PAGE_BYTES;
+            header[8..16].copy_from_slice(&address.to_le_bytes());
+            header[16..20].copy_from_slice(&if continues { rest } else { 0 }.to_le_bytes());
+            file.write_all_at(&header, page * PAGE_BYTES).unwrap();
+        }
+    }
+
+    fn links(dir: &Path, number: u64) -> u64 {
+        fs::metadata(dir.join(segment(number).file_name())).unwrap().nlink()
+    }
+
+    struct Dirs {
+        dir: tempfile::TempDir,
+    }
+
+    impl Dirs {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir(dir.path().join("wal")).unwrap();
+            Self { dir }
+        }
+
+        fn at(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        /// Holds and captures; answers the names captured.
+        fn capture(&self, image: &ImageInfo) -> Result<Vec<String>> {
+            hold(&self.at("wal"), &self.at("hold"), image)?;
+            capture(&self.at("hold"), &self.at("layer"), image)?;
+            Ok(wal_files_in(&self.at("layer"))?.into_iter().map(|(name, _)| name).collect())
+        }
+    }
+
+    #[test]
+    fn complete_segments_are_shared_and_the_rest_is_copied() {
+        let dirs = Dirs::new();
+        let wal = dirs.at("wal");
+        write(&wal, 4, 128, 0);
+        write(&wal, 5, 128, 300);
+        write(&wal, 6, 9, 20_000);
+        // Made in advance, as Postgres does; and one that was used before under another name.
+        write(&wal, 7, 0, 0);
+        fs::copy(wal.join(segment(4).file_name()), wal.join(segment(8).file_name())).unwrap();
+        fs::write(wal.join("00000002.history"), b"1\t0/0\tno reason").unwrap();
+        fs::create_dir(wal.join("archive_status")).unwrap();
+        let captured = dirs.capture(&image(5 * u64::from(SEGMENT) + 4000)).unwrap();
+        assert_eq!(captured, [segment(5).file_name(), segment(6).file_name(), "00000002.history".to_owned()]);
+        assert_eq!((links(&wal, 5), links(&dirs.at("layer"), 6)), (3, 1));
+        // The copy does not change with its source.
+        write(&wal, 6, 50, 20_000);
+        let page = File::open(dirs.at("layer").join(segment(6).file_name())).unwrap();
+        assert!(page_header(&page, &segment(6), 8).is_some() && page_header(&page, &segment(6), 9).is_none());
+        // What Postgres deletes meanwhile is still there.
+        fs::remove_file(wal.join(segment(5).file_name())).unwrap();
+        capture(&dirs.at("hold"), &dirs.at("layer"), &image(5 * u64::from(SEGMENT))).unwrap();
+    }
+
+    #[test]
+    fn a_segment_is_shared_only_once_the_record_across_its_end_is_whole() {
+        let check = |pages: u64, rest: u32, expect: bool| {
+            let dirs = Dirs::new();
+            write(&dirs.at("wal"), 3, pages, rest);
+            let path = dirs.at("wal").join(segment(3).file_name());
+            assert_eq!(is_behind(&path, &segment(3)), expect, "{pages} pages, {rest} bytes to come");
+        };
+        check(0, 0, false);
+        check(1, 0, false);
+        check(2, 0, true);
+        check(2, 8152, true);
+        check(2, 8153, false);
+        check(3, 8153, true);
+        check(3, 8152 + 8168, true);
+        check(3, 8152 + 8169, false);
+        check(128, 2 << 20, false);
+    }
+
+    #[test]
+    fn a_gap_is_an_error() {
+        let dirs = Dirs::new();
+        for number in [4, 6] {
+            write(&dirs.at("wal"), number, 128, 0);
+        }
+        let redo = |number: u64| image(number * u64::from(SEGMENT) + 40);
+        assert!(dirs.capture(&redo(4)).unwrap_err().to_string().contains(&segment(5).file_name()));
+        assert!(dirs.capture(&redo(5)).is_err());
+        assert!(dirs.capture(&redo(6)).is_ok());
+        assert!(dirs.capture(&redo(7)).is_err());
+    }
+
+    #[test]
+    fn a_branch_gets_the_wal_of_its_layer_and_notices_when_it_goes_on() {
+        let dirs = Dirs::new();
+        let image = image(4 * u64::from(SEGMENT) + 40);
+        write(&dirs.at("wal"), 4, 128, 0);
+        write(&dirs.at("wal"), 5, 10, 0);
+        dirs.capture(&image).unwrap();
+        let (layer, branch) = (dirs.at("layer"), dirs.at("branch"));
+        seed(&layer, &branch, &image).unwrap();
+        assert!(!changed_since(&branch, &layer, &image).unwrap());
+        assert!(!changed_since(&dirs.at("wal"), &layer, &image).unwrap());
+        assert_eq!(links(&branch, 5), 1, "it will be written to");
+        fs::remove_file(branch.join(segment(4).file_name())).unwrap();
+        write(&branch, 6, 0, 0);
+        assert!(!changed_since(&branch, &layer, &image).unwrap(), "nothing new was written");
+        write(&branch, 5, 11, 0);
+        assert!(changed_since(&branch, &layer, &image).unwrap());
+        seed(&layer, &branch, &image).unwrap();
+        write(&branch, 6, 1, 0);
+        assert!(changed_since(&branch, &layer, &image).unwrap());
+    }
+}
