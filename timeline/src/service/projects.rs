@@ -43,7 +43,9 @@ struct Moving<'a> {
 impl<'a> Moving<'a> {
     /// `None` if somebody else is at it.
     fn new(service: &'a Service, project: ProjectId) -> Option<Self> {
-        service.moving.lock().insert(project).then_some(Self { service, project })
+        let first = service.moving.lock().insert(project);
+        // Not `then_some`: what it drops would take the other's mark away, and wait for the lock held here.
+        first.then(|| Self { service, project })
     }
 }
 
