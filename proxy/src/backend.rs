@@ -139,9 +139,9 @@ mod tests {
         let deep = dir.path().join("x".repeat(100)).join("y".repeat(100));
         std::fs::create_dir_all(&deep).unwrap();
         let bound = File::open(&deep).unwrap();
-        let listener =
-            tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/s", bound.as_raw_fd())).unwrap();
-        let (accepted, connected) = tokio::join!(listener.accept(), connect(&deep.join("s")));
+        let listener = tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/s", bound.as_raw_fd())).unwrap();
+        let socket = deep.join("s");
+        let (accepted, connected) = tokio::join!(listener.accept(), connect(&socket));
         accepted.unwrap();
         connected.unwrap();
         assert_eq!(connect(&deep.join("none")).await.unwrap_err().kind(), io::ErrorKind::NotFound);

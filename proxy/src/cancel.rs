@@ -52,7 +52,7 @@ impl CancelKeys {
         });
         let result = match target {
             None => "nothing",
-            Some(target) => match send(&target).await {
+            Some(target) => match target.cancel().await {
                 Ok(()) => "sent",
                 Err(_) => "error",
             },
@@ -75,18 +75,24 @@ impl Drop for IssuedKey {
     }
 }
 
-async fn send(target: &CancelTarget) -> io::Result<()> {
-    let mut stream = backend::connect(&target.socket).await?;
-    let mut packet = Vec::new();
-    untagged(&mut packet, |body| {
-        for word in [CANCEL_CODE, target.key.id, target.key.secret] {
-            body.extend_from_slice(&word.to_be_bytes());
-        }
-    });
-    stream.write_all(&packet).await?;
-    // Postgres closes once the signal is sent; the client's own connection is held open until then.
-    stream.read_u8().await.map(drop).or_else(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Ok(()),
-        _ => Err(error),
-    })
+impl CancelTarget {
+    /// Asks Postgres to cancel what this backend is doing.
+    ///
+    /// # Errors
+    /// If its postmaster is not to be reached.
+    pub async fn cancel(&self) -> io::Result<()> {
+        let mut stream = backend::connect(&self.socket).await?;
+        let mut packet = Vec::new();
+        untagged(&mut packet, |body| {
+            for word in [CANCEL_CODE, self.key.id, self.key.secret] {
+                body.extend_from_slice(&word.to_be_bytes());
+            }
+        });
+        stream.write_all(&packet).await?;
+        // Postgres closes once the signal is sent; the client's own connection is held open until then.
+        stream.read_u8().await.map(drop).or_else(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Ok(()),
+            _ => Err(error),
+        })
+    }
 }

@@ -30,6 +30,9 @@ const TEXT_MAX: usize = 8 * 1024;
 /// LIMIT: the parameters Postgres reports are short names and values.
 const PARAMETER_MAX: usize = 4 * 1024;
 
+/// A parameter's name and value, in the session's encoding.
+pub type Parameter = (Box<[u8]>, Box<[u8]>);
+
 /// The transaction state as `ReadyForQuery` told it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransactionState {
@@ -102,7 +105,7 @@ pub struct Conversation {
     client_text: Vec<u8>,
     server_text: Vec<u8>,
     /// Parameters as the client was last told them.
-    parameters: Vec<(Box<[u8]>, Box<[u8]>)>,
+    parameters: Vec<Parameter>,
 }
 
 impl Conversation {
@@ -219,7 +222,7 @@ impl Conversation {
     /// # Errors
     /// If a message cannot be; nothing of these bytes should be sent on.
     #[inline]
-    pub fn from_client(&mut self, bytes: &[u8], one_turn: bool) -> Result<usize, Malformed> {
+    pub fn client_sent(&mut self, bytes: &[u8], one_turn: bool) -> Result<usize, Malformed> {
         let mut rest = bytes;
         while self.awaiting.len() < AWAITING_MAX {
             let Some(piece) = self.client.next(&mut rest)? else { break };
@@ -241,7 +244,7 @@ impl Conversation {
     /// # Errors
     /// If a message cannot be.
     #[inline]
-    pub fn from_server(&mut self, bytes: &[u8]) -> Result<(), BadLength> {
+    pub fn server_sent(&mut self, bytes: &[u8]) -> Result<(), BadLength> {
         let mut rest = bytes;
         while let Some(piece) = self.server.next(&mut rest)? {
             match piece.tag {
@@ -313,12 +316,7 @@ impl Conversation {
                     *used = true;
                 }
             }
-            b'P' | b'Q' if piece.length > TEXT_MAX => {
-                if piece.first && (piece.tag == b'Q' || piece.body.first() == Some(&0)) {
-                    self.unnamed =
-                        if piece.tag == b'Q' { Unnamed::None } else { Unnamed::TooLong { used: false } };
-                }
-            }
+            b'P' | b'Q' if piece.length > TEXT_MAX => self.client_long_text(piece),
             b'P' | b'Q' if piece.first && piece.last => self.client_text(piece.tag, piece.body),
             b'P' | b'Q' => {
                 if piece.first {
@@ -332,6 +330,14 @@ impl Conversation {
             }
             // Close of the unnamed statement.
             b'C' if piece.first && piece.body == b"S\0" => self.unnamed = Unnamed::None,
+            _ => {}
+        }
+    }
+
+    fn client_long_text(&mut self, piece: &Piece<'_>) {
+        match (piece.tag, piece.body.first()) {
+            (b'Q', _) => self.unnamed = Unnamed::None,
+            (b'P', Some(0)) if piece.first => self.unnamed = Unnamed::TooLong { used: false },
             _ => {}
         }
     }

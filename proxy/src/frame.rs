@@ -115,10 +115,12 @@ mod tests {
     use super::*;
     use crate::wire::message;
 
+    type Messages = Vec<(u8, Vec<u8>)>;
+
     /// Feeds the chunks and puts the pieces together again.
-    fn collect<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Result<(Vec<(u8, Vec<u8>)>, bool), BadLength> {
+    fn collect<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Result<(Messages, bool), BadLength> {
         let mut frame = Frame::default();
-        let mut messages: Vec<(u8, Vec<u8>)> = Vec::new();
+        let mut messages = Messages::new();
         let mut open = false;
         for mut chunk in chunks {
             while let Some(piece) = frame.next(&mut chunk)? {

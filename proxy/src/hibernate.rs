@@ -19,7 +19,7 @@ use std::io;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, Parameter};
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
 /// The name of the proxy's own statements; no driver uses it.
@@ -35,7 +35,7 @@ const OID_TEXT_ARRAY: u32 = 1009;
 #[derive(Debug, Default)]
 pub struct Kept {
     /// Settings in the order to be given back.
-    settings: Vec<(Box<[u8]>, Box<[u8]>)>,
+    settings: Vec<Parameter>,
     statements: Vec<Statement>,
     /// The body of the `Parse` of the unnamed statement.
     unnamed: Option<Box<[u8]>>,
@@ -480,7 +480,8 @@ mod tests {
 
     #[test]
     fn prepare_is_found_behind_blanks_and_comments() {
-        for good in ["PREPARE a AS SELECT 1", " \n prepare a as select 1", "-- x\n/* a /* b */ */PREPARE x", "prepare"] {
+        for good in ["PREPARE a AS SELECT 1", " \n prepare a as select 1", "-- x\n/* a /* b */ */PREPARE x", "prepare"]
+        {
             assert!(begins_with_prepare(good.as_bytes()), "{good:?}");
         }
         for bad in ["", "prepared", "select 1; prepare a as select 1", "/* prepare", "-- prepare", "DO $$ $$", "/*/"] {

@@ -2,6 +2,30 @@
 //!
 //! It knows neither buckets nor Postgres processes. What it needs from the rest of Ebb is the trait
 //! [`Endpoints`]; what it offers to the rest is [`ProxyHandle`].
+//!
+//! ```text
+//!   accept ─► login ─────────────► session ◄───────────────────────────────┐
+//!             TLS, start-up, SCRAM   wait at the gate, wake, connect       │
+//!                                    relay ◄─► backend                     │
+//!                                    at the gate: examine ─► hibernate ────┘ next message
+//!
+//!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!   rim:   proxy, login, session, relay, backend, cancel, tls
+//!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//! ```
+//!
+//! **Invariants**
+//! - Nothing wakes before the client has proved who it is, and a thousand clients make one wake (`branch`).
+//! - A backend is exchanged only between two messages, with nothing under way (`conversation`).
+//! - Each session has one task; only it touches the two sockets. Others leave orders at its seat.
+//! - Memory per connection is bounded, whatever its client or its query does.
+//!
+//! **Crash**: nothing here is kept on disk but the certificate authority. If the proxy dies, all clients are cut off;
+//! Postgres rolls their open transactions back.
+//!
+//! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
+//!
+//! Deliberately absent: pooling, answering health pings, PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;

@@ -73,6 +73,7 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         let name = startup.take_endpoint(sni.as_deref(), &shared.config.domain)?;
         let endpoint = shared.endpoints.find(&name).await.map_err(Said::from)?;
         startup.default_database(&endpoint.default_database);
+        startup.fix_user(&role);
         authenticate(shared, &mut client, peer, &endpoint, &role, binding.as_ref().map(|hash| &hash[..])).await?;
         Ok((endpoint, role))
     };
@@ -178,9 +179,10 @@ async fn authenticate(
         return Err(Said::too_many_failures(wait).into());
     }
     let stored = shared.endpoints.verifier(endpoint.branch, role).await.map_err(Said::from)?;
-    let verifier = stored.as_deref().and_then(Verifier::parse).unwrap_or_else(|| {
-        Verifier::mock(shared.authority.mock_secret(), &format!("{}\0{role}", endpoint.branch))
-    });
+    let verifier = stored
+        .as_deref()
+        .and_then(Verifier::parse)
+        .unwrap_or_else(|| Verifier::mock(shared.authority.mock_secret(), &format!("{}\0{role}", endpoint.branch)));
 
     match exchange(client, verifier, channel).await? {
         Ok(last) => {

@@ -175,8 +175,8 @@ impl<'a> Link<'a> {
                 Poll::Pending => {}
             }
         }
-        if self.up.has_held() && !(self.flow.gated && !self.conversation.wants_client()) {
-            let count = self.conversation.from_client(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
+        if self.up.has_held() && (!self.flow.gated || self.conversation.wants_client()) {
+            let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
             self.up.release(count);
             self.passed[0] += count as u64;
             moved |= count > 0;
@@ -198,7 +198,7 @@ impl<'a> Link<'a> {
         if self.down.has_room() && !self.flow.backend_eof {
             match self.down.poll_fill(cx, self.backend) {
                 Poll::Ready(Ok(count @ 1..)) => {
-                    self.conversation.from_server(self.down.held()).map_err(|_| Pause::ServerMalformed)?;
+                    self.conversation.server_sent(self.down.held()).map_err(|_| Pause::ServerMalformed)?;
                     self.down.release(count);
                     self.passed[1] += count as u64;
                     moved = true;

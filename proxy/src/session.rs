@@ -244,8 +244,7 @@ impl Session {
     /// One try. A fence that comes up meanwhile calls it off.
     async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
         let seat = self.seat.clone();
-        let trying =
-            try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone());
+        let trying = try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone());
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -420,7 +419,7 @@ impl Session {
                 (Gate::Open, _) if self.branch.begin_work(self.conn()) => return Ok(None),
                 (Gate::Detaching | Gate::Closed, Ok(kept)) => return Ok(Some(kept.clone())),
                 (Gate::Detaching | Gate::Closed, Err(reason)) => {
-                    return Err(End::Say(Said::fenced_out(&format!("it has a {reason}"))));
+                    return Err(End::Say(Said::fenced_out(reason)));
                 }
                 _ => {}
             }
@@ -484,10 +483,15 @@ impl Session {
 
     /// Makes ready for last words: brings the client to the end of the message begun, and lets the backend go.
     async fn close_backend(&mut self, backend: &mut UnixStream, end: &End) {
-        if !matches!(end, End::Silent) && !self.conversation.server_at_boundary() {
-            let finishing = self.finish_message(backend);
-            // If it does not come, the client is cut off in the middle of it.
-            let _ = timeout(LAST_WORDS_TIMEOUT, finishing).await;
+        if !matches!(end, End::Silent) {
+            if !self.conversation.server_at_boundary() {
+                // If it does not come, the client is cut off in the middle of it.
+                let _ = timeout(LAST_WORDS_TIMEOUT, self.finish_message(backend)).await;
+            }
+            if let Some(target) = self.seat.backend().filter(|_| !self.conversation.is_idle()) {
+                // Nobody waits for the result any more. If it cannot be cancelled, it is gone already.
+                let _ = timeout(LAST_WORDS_TIMEOUT, target.cancel()).await;
+            }
         }
         if self.conversation.client_at_boundary() && !self.up.has_released() {
             // It would notice the closed socket as well, only with a line in its log.
@@ -504,7 +508,7 @@ impl Session {
         while !self.conversation.server_at_boundary() && left > 0 {
             let wanted = self.conversation.server_missing().min(chunk.len()).min(left);
             let count = backend.read(&mut chunk[..wanted]).await?;
-            if count == 0 || self.conversation.from_server(&chunk[..count]).is_err() {
+            if count == 0 || self.conversation.server_sent(&chunk[..count]).is_err() {
                 break;
             }
             self.client.write_all(&chunk[..count]).await?;

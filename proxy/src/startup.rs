@@ -99,11 +99,14 @@ impl Startup {
         std::str::from_utf8(value).ok()
     }
 
+    /// Fixes the role, so that no second `user` in the packet can mean another one to Postgres.
+    pub fn fix_user(&mut self, role: &str) {
+        self.set("user", Some(role.to_owned()));
+    }
+
     fn set(&mut self, name: &str, value: Option<String>) {
         self.parameters.retain(|(key, _)| key != name);
-        if let Some(value) = value {
-            self.parameters.push((name.to_owned(), value.into_bytes()));
-        }
+        self.parameters.extend(value.map(|value| (name.to_owned(), value.into_bytes())));
     }
 
     /// Whether the connection wants to replicate rather than to query.
@@ -284,6 +287,14 @@ mod tests {
         let startup = startup(&[("user", "app"), ("_pq_.x", "1"), ("application_name", "t")]);
         assert_eq!(startup.unknown_options, ["_pq_.x"]);
         assert_eq!(startup.encode()[4..], b"\0\x03\0\0user\0app\0application_name\0t\0\0"[..]);
+    }
+
+    #[test]
+    fn postgres_is_told_of_one_user_only() {
+        let mut startup = startup(&[("user", "postgres"), ("user", "app")]);
+        assert_eq!(startup.text("user"), Some("app"));
+        startup.fix_user("app");
+        assert_eq!(startup.encode()[8..], b"user\0app\0\0"[..]);
     }
 
     #[test]

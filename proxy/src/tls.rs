@@ -89,8 +89,7 @@ impl Authority {
         if !ca_pem.exists() {
             make_authority(dir, &ca_pem, &key_path)?;
         }
-        let read =
-            |path: &Path| std::fs::read_to_string(path).map_err(|source| file_error(path, "read", source));
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|source| file_error(path, "read", source));
         let (certificate, key_pem) = (read(&ca_pem)?, read(&key_path)?);
         let unusable = |source| TlsError::Authority { dir: dir.to_owned(), source };
         let key = KeyPair::from_pem(&key_pem).map_err(unusable)?;

@@ -19,11 +19,11 @@ fn play(script: &str) -> Conversation {
             ' ' => {}
             _ if from_client => {
                 let bytes = encode(letter as u8, b"x\0\0\0");
-                assert_eq!(conversation.from_client(&bytes, false), Ok(bytes.len()));
+                assert_eq!(conversation.client_sent(&bytes, false), Ok(bytes.len()));
             }
-            'i' => conversation.from_server(&encode(b'Z', b"I")).unwrap(),
-            't' => conversation.from_server(&encode(b'Z', b"T")).unwrap(),
-            _ => conversation.from_server(&encode(letter as u8, b"x\0")).unwrap(),
+            'i' => conversation.server_sent(&encode(b'Z', b"I")).unwrap(),
+            't' => conversation.server_sent(&encode(b'Z', b"T")).unwrap(),
+            _ => conversation.server_sent(&encode(letter as u8, b"x\0")).unwrap(),
         }
     }
     conversation
@@ -113,11 +113,11 @@ fn one_turn_stops_at_each_sync_point() {
     let mut conversation = Conversation::new();
     let turns = [encode(b'Q', b"select 1\0"), [encode(b'P', b"\0x\0\0\0"), encode(b'S', b"")].concat()];
     let bytes = [&turns[0][..], &turns[1], &turns[0][..4]].concat();
-    assert_eq!(conversation.from_client(&bytes, true), Ok(turns[0].len()));
+    assert_eq!(conversation.client_sent(&bytes, true), Ok(turns[0].len()));
     assert!(!conversation.wants_client());
     let rest = &bytes[turns[0].len()..];
-    assert_eq!(conversation.from_client(rest, true), Ok(turns[1].len()));
-    assert_eq!(conversation.from_client(&rest[turns[1].len()..], true), Ok(4));
+    assert_eq!(conversation.client_sent(rest, true), Ok(turns[1].len()));
+    assert_eq!(conversation.client_sent(&rest[turns[1].len()..], true), Ok(4));
     assert!(!conversation.is_at_rest());
 }
 
@@ -125,16 +125,16 @@ fn one_turn_stops_at_each_sync_point() {
 fn endless_pipelining_is_held_back() {
     let mut conversation = Conversation::new();
     let bytes = encode(b'S', b"").repeat(AWAITING_MAX + 10);
-    assert_eq!(conversation.from_client(&bytes, false), Ok(5 * AWAITING_MAX));
-    conversation.from_server(&encode(b'Z', b"I")).unwrap();
-    assert_eq!(conversation.from_client(&bytes[5 * AWAITING_MAX..], false), Ok(5));
+    assert_eq!(conversation.client_sent(&bytes, false), Ok(5 * AWAITING_MAX));
+    conversation.server_sent(&encode(b'Z', b"I")).unwrap();
+    assert_eq!(conversation.client_sent(&bytes[5 * AWAITING_MAX..], false), Ok(5));
 }
 
 #[test]
 fn unknown_messages_are_refused() {
     let mut conversation = Conversation::new();
-    assert_eq!(conversation.from_client(&encode(b'!', b""), false), Err(Malformed::Tag(b'!')));
-    assert!(matches!(Conversation::new().from_client(b"Q\0\0\0\0", false), Err(Malformed::Length(_))));
+    assert_eq!(conversation.client_sent(&encode(b'!', b""), false), Err(Malformed::Tag(b'!')));
+    assert!(matches!(Conversation::new().client_sent(b"Q\0\0\0\0", false), Err(Malformed::Length(_))));
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn the_unnamed_statement_is_remembered_while_it_lives() {
     };
     let mut conversation = Conversation::new();
     let mut send = |tag, body: &[u8]| {
-        conversation.from_client(&encode(tag, body), false).unwrap();
+        conversation.client_sent(&encode(tag, body), false).unwrap();
         conversation.unnamed_statement().map(|kept| kept.map(<[u8]>::to_vec))
     };
     let short = parse("", "select 1");
@@ -166,7 +166,7 @@ fn parameters_told_by_the_server_are_known() {
     let mut conversation = Conversation::new();
     let body = b"TimeZone\0UTC\0";
     for chunk in encode(b'S', body).chunks(3) {
-        conversation.from_server(chunk).unwrap();
+        conversation.server_sent(chunk).unwrap();
     }
     assert!(!conversation.note_parameter(b"TimeZone", b"UTC"));
     assert!(conversation.note_parameter(b"TimeZone", b"CET"));
@@ -193,12 +193,12 @@ proptest! {
         let mut conversation = Conversation::new();
         for (asked, answered) in &exchanges {
             for chunk in asked.chunks(size) {
-                prop_assert_eq!(conversation.from_client(chunk, false), Ok(chunk.len()));
+                prop_assert_eq!(conversation.client_sent(chunk, false), Ok(chunk.len()));
                 prop_assert!(!conversation.is_at_rest());
             }
             for (at, chunk) in answered.chunks(size).enumerate() {
                 prop_assert!(!conversation.is_at_rest(), "at rest before piece {}", at);
-                conversation.from_server(chunk).unwrap();
+                conversation.server_sent(chunk).unwrap();
             }
             prop_assert!(conversation.is_at_rest());
         }
@@ -208,8 +208,8 @@ proptest! {
     fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300), size in 1_usize..40) {
         let mut conversation = Conversation::new();
         for chunk in bytes.chunks(size) {
-            let _ = conversation.from_client(chunk, false);
-            let _ = conversation.from_server(chunk);
+            let _ = conversation.client_sent(chunk, false);
+            let _ = conversation.server_sent(chunk);
         }
     }
 }
