@@ -87,7 +87,8 @@ impl Hint for Error {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Error::NoPostgres { .. } => {
-                "Install one (Debian: apt-get install postgresql-15), or set EBB_PG_BIN to its bin directory.".to_owned()
+                "Install one (Debian: apt-get install postgresql-15), or set EBB_PG_BIN to its bin directory."
+                    .to_owned()
             }
             Error::NoUser(_) => "Create one: useradd --system ebb.".to_owned(),
             Error::Isolation { .. } => "Run ebb serve as root, or allow unprivileged user namespaces \

@@ -80,8 +80,7 @@ impl Unit {
         let deadline = begun + START_DEADLINE;
         let branch_dir = std::path::absolute(&spec.branch_dir).on("find", &spec.branch_dir)?;
         if let Some(unit) = Self::adopt(&branch_dir).await? {
-            timeout_at(deadline, unit.until_ready()).await.map_err(|_| Error::Deadline("starting postgres"))??;
-            return Ok(unit);
+            return unit.ready_by(deadline).await;
         }
         let unit = Self { branch_dir };
         let spec = UnitSpec {
@@ -98,7 +97,11 @@ impl Unit {
                 record(&status, begun.elapsed());
                 Ok(unit)
             }
-            None => Err(unit.why_it_ended().await),
+            // It ended, perhaps because another one was first.
+            None => match Self::adopt(&unit.branch_dir).await? {
+                Some(unit) => unit.ready_by(deadline).await,
+                None => Err(unit.why_it_ended()),
+            },
         }
     }
 
@@ -222,18 +225,23 @@ impl Unit {
             let reply = receive(&mut BufReader::new(from)).await?;
             reply.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
         };
-        timeout(deadline, conversation)
-            .await
-            .map_err(|_| Error::Deadline("the unit's answer"))?
-            .on("talk to", &path)
+        timeout(deadline, conversation).await.map_err(|_| Error::Deadline("the unit's answer"))?.on("talk to", &path)
     }
 
-    async fn until_ready(&self) -> Result<()> {
-        let mut pauses = Pauses::default();
-        while !self.status().await?.ready {
-            pauses.next().await;
+    async fn ready_by(self, deadline: Instant) -> Result<Self> {
+        let until_ready = async {
+            let mut pauses = Pauses::default();
+            while !self.status().await?.ready {
+                pauses.next().await;
+            }
+            Ok(())
+        };
+        match timeout_at(deadline, until_ready).await {
+            Ok(Ok(())) => Ok(self),
+            Ok(Err(Error::Gone)) => Err(self.why_it_ended()),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Error::Deadline("starting postgres")),
         }
-        Ok(())
     }
 
     async fn until_gone(&self) -> Result<()> {
@@ -296,10 +304,8 @@ impl Unit {
         Ok(file)
     }
 
-    async fn why_it_ended(&self) -> Error {
-        if let Err(error) = self.until_gone().await {
-            return error;
-        }
+    /// What the unit left as its reason.
+    fn why_it_ended(&self) -> Error {
         let log = self.branch_dir.join(files::LOG);
         let told = fs::read_to_string(self.branch_dir.join(files::REASON)).unwrap_or_default();
         let why = told.trim().trim_start_matches("postgres did not start: ").to_owned();

@@ -41,7 +41,11 @@ fn settings(at: &Surroundings<'_>) -> Vec<Setting> {
     vec![
         fixed("listen_addresses", "", "No TCP: the proxy is the only way in."),
         fixed("port", &PORT.to_string(), "Part of the socket's name."),
-        fixed("unix_socket_directories", &run, "A directory of mode 0700 that only this branch's Postgres and Ebb see."),
+        fixed(
+            "unix_socket_directories",
+            &run,
+            "A directory of mode 0700 that only this branch's Postgres and Ebb see.",
+        ),
         fixed("unix_socket_permissions", "0700", "For Ebb and Postgres' own user."),
         fixed("hba_file", &format!("{run}/pg_hba.conf"), "Generated; the one in the data directory is not used."),
         fixed("ssl", "off", "TLS ends at the proxy."),
@@ -69,7 +73,11 @@ fn settings(at: &Surroundings<'_>) -> Vec<Setting> {
             "If a backend crashes, Postgres ends and the unit starts it on a freshly opened volume: one way to \
              recover, and the condition of recovery_init_sync_method.",
         ),
-        usual("shared_buffers", "32MB", "Small: the kernel caches the volume's pages as well, and many branches share a node."),
+        usual(
+            "shared_buffers",
+            "32MB",
+            "Small: the kernel caches the volume's pages as well, and many branches share a node.",
+        ),
         usual("max_connections", "120", "100 for clients, the rest for Ebb and for poolers' slack."),
         usual("dynamic_shared_memory_type", "posix", "In the unit's own /dev/shm, which ends with it."),
         usual("huge_pages", "off", "Not worth the look-up for so little memory."),
@@ -145,11 +153,13 @@ fn quoted(value: &str) -> String {
 mod tests {
     use super::*;
 
-    const AT: Surroundings<'_> = Surroundings { name: "br_1", run: Path::new("/mnt/run") };
+    fn at() -> Surroundings<'static> {
+        Surroundings { name: "br_1", run: Path::new("/mnt/run") }
+    }
 
     #[test]
     fn what_recovery_rests_on_cannot_be_changed_from_inside() {
-        let arguments = arguments(&AT, Path::new("/mnt/data")).join(" ");
+        let arguments = arguments(&at(), Path::new("/mnt/data")).join(" ");
         assert!(arguments.starts_with("-D /mnt/data -c config_file=/mnt/run/postgresql.conf"), "{arguments}");
         for fixed in ["fsync=on", "full_page_writes=on", "listen_addresses=", "recovery_init_sync_method=syncfs"] {
             assert!(arguments.contains(&format!("-c {fixed}")), "{fixed} is missing in {arguments}");
@@ -158,7 +168,7 @@ mod tests {
 
     #[test]
     fn the_branch_s_own_settings_come_last_and_are_quoted() {
-        let text = file(&AT, &[("work_mem".into(), "8MB".into()), ("app.note".into(), "it's\\\nhere".into())]);
+        let text = file(&at(), &[("work_mem".into(), "8MB".into()), ("app.note".into(), "it's\\\nhere".into())]);
         assert!(text.ends_with("work_mem = '8MB'\napp.note = 'it''s\\\\\\nhere'\n"), "{text}");
     }
 

@@ -132,7 +132,8 @@ mod tests {
         std::fs::set_permissions(scratch.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let roles = ask(&installation, &data, "SELECT rolname, rolsuper FROM pg_roles WHERE rolcanlogin ORDER BY 1");
         assert!(roles.contains(r#"rolname = "app""#) && roles.contains(r#"rolsuper = "f""#), "{roles}");
-        let owner = ask(&installation, &data, "SELECT datdba::regrole::text AS o FROM pg_database WHERE datname = 'app'");
+        let owner =
+            ask(&installation, &data, "SELECT datdba::regrole::text AS o FROM pg_database WHERE datname = 'app'");
         assert!(owner.contains(r#"o = "app""#), "{owner}");
     }
 

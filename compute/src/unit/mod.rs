@@ -24,6 +24,7 @@ mod server;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
@@ -52,7 +53,9 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(10);
 /// Started by the manager, this process is the first of its pid namespace and is the unit. Started otherwise it makes
 /// the namespace, starts the unit in it with this program's own arguments, and returns at once.
 pub fn main(branch_dir: &Path) -> ExitCode {
-    run(branch_dir).unwrap_or_else(|error| {
+    // Held to the last: whoever finds the lock free must also find the reason written and the socket removed.
+    let mut held = None;
+    run(branch_dir, &mut held).unwrap_or_else(|error| {
         let why = chain(&error);
         tracing::error!(error = why, "the unit gave up");
         // The manager reads it; if not even this can be written, it reports that the unit ended without a word.
@@ -61,7 +64,7 @@ pub fn main(branch_dir: &Path) -> ExitCode {
     })
 }
 
-fn run(branch_dir: &Path) -> Result<ExitCode> {
+fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     let mut stages = Stages::since_asked();
     stages.end("spawned");
     if !isolation::is_first_process() {
@@ -70,7 +73,7 @@ fn run(branch_dir: &Path) -> Result<ExitCode> {
     // A session of its own, so that Ctrl-C in the terminal of `ebb serve` does not reach Postgres.
     let _ = setsid();
     umask(Mode::from_bits_truncate(0o077));
-    let lock = lock(branch_dir)?;
+    let lock = held.insert(lock(branch_dir)?).try_clone().on("share", "unit.lock")?;
     let spec = read_spec(branch_dir)?;
     let user = RunAs::find()?;
     clear_leftovers(branch_dir)?;
@@ -101,17 +104,23 @@ fn run(branch_dir: &Path) -> Result<ExitCode> {
 fn lock(branch_dir: &Path) -> Result<File> {
     let path = branch_dir.join(files::LOCK);
     let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).on("open", &path)?;
+    // From here the control socket has a name of any path short enough to connect to.
+    std::env::set_current_dir(branch_dir).on("enter", branch_dir)?;
     let begun = Instant::now();
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(file),
+            Ok(()) => break,
             Err(TryLockError::Error(error)) => return Err(error).on("lock", &path),
-            Err(TryLockError::WouldBlock) if begun.elapsed() > LOCK_DEADLINE => {
-                return Err(Error::Refused("another unit of this branch runs".to_owned()));
-            }
-            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(2)),
+            Err(TryLockError::WouldBlock) => {}
         }
+        let another = UnixStream::connect(files::CONTROL).is_ok();
+        if another || begun.elapsed() > LOCK_DEADLINE {
+            return Err(Error::Refused("another unit of this branch runs".to_owned()));
+        }
+        thread::sleep(Duration::from_millis(2));
     }
+    std::env::set_current_dir("/").on("enter", "/")?;
+    Ok(file)
 }
 
 fn read_spec(branch_dir: &Path) -> Result<UnitSpec> {

@@ -95,6 +95,13 @@ struct Mounted {
     mount: Mount,
 }
 
+impl Mounted {
+    /// Unmounts and closes the volume, so that it can be opened again.
+    fn close(self) -> Result<()> {
+        Ok(self.mount.unmount()?)
+    }
+}
+
 /// The unit.
 #[derive(Debug)]
 pub(super) struct Owner {
@@ -142,10 +149,8 @@ impl Owner {
         let mounted = mount(&self.dirs, &self.house, self.plan.user, &self.view)?;
         let postmaster = self.start_postgres()?;
         // Postgres is on its way: everything from here on is done while it comes up.
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .on("start", "the unit's runtime")?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().on("start", "the unit's runtime")?;
         let branch_dir = self.dirs.branch.clone();
         let end = runtime.block_on(self.serve(mounted, postmaster));
         for name in [files::CONTROL, files::PID] {
@@ -190,8 +195,7 @@ impl Owner {
         let listener = long_path::listen(&path).on("listen at", &path)?;
         let (asks_sender, mut asks) = mpsc::channel(1);
         let (closing, connections) = (CancellationToken::new(), TaskTracker::new());
-        let accepting =
-            tokio::spawn(server::serve(listener, asks_sender, closing.clone(), connections.clone()));
+        let accepting = tokio::spawn(server::serve(listener, asks_sender, closing.clone(), connections.clone()));
 
         let ended = self.serve_until_end(mounted, postmaster, &mut asks).await;
         // Order: no new requests, then every reply goes out, then the process may end.
@@ -329,7 +333,12 @@ impl Owner {
     }
 
     /// Starts Postgres again after it ended by itself, on a freshly opened volume.
-    async fn recover(&mut self, mounted: Mounted, postmaster: Postmaster, how: String) -> Result<(Mounted, Postmaster)> {
+    async fn recover(
+        &mut self,
+        mounted: Mounted,
+        postmaster: Postmaster,
+        how: String,
+    ) -> Result<(Mounted, Postmaster)> {
         let ever_ready = {
             let mut view = look(&self.view);
             view.ready = false;
@@ -337,7 +346,7 @@ impl Owner {
             view.ever_ready
         };
         self.roles.close();
-        let (complaint, unmounted) = blocking(move || (postmaster.bury(), mounted.mount.unmount())).await;
+        let (complaint, unmounted) = blocking(move || (postmaster.bury(), mounted.close())).await;
         let why = complaint.map_or_else(|| format!("it {how}"), |complaint| format!("{complaint} (it {how})"));
         tracing::error!(how, why, "postgres ended by itself");
         unmounted?;

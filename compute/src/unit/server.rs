@@ -50,11 +50,7 @@ pub(super) async fn serve(
     }
 }
 
-async fn converse(
-    mut stream: UnixStream,
-    asks: mpsc::Sender<Ask>,
-    closing: CancellationToken,
-) -> std::io::Result<()> {
+async fn converse(mut stream: UnixStream, asks: mpsc::Sender<Ask>, closing: CancellationToken) -> std::io::Result<()> {
     let (from, mut to) = stream.split();
     let mut from = BufReader::new(from);
     loop {
