@@ -184,13 +184,8 @@ impl FileNode {
         }
         let first = (offset / BLOCK_BYTES) as u32;
         let count = blocks(end) - first;
-        {
-            let data = self.data.read();
-            if end <= data.size && data.own == Some(upper.slot) && data.map.all_in(first, count, upper.slot) {
-                self.handle(core, upper.slot)?.write_all_at(bytes, offset)?;
-                self.syncs.changed();
-                return Ok(());
-            }
+        if self.write_in_place(core, upper, offset, bytes)? {
+            return Ok(());
         }
         let mut data = self.data.write();
         if end > data.size {
@@ -208,6 +203,31 @@ impl FileNode {
         data.size = data.size.max(end);
         self.syncs.changed();
         Ok(())
+    }
+
+    /// Writes blocks that are in the upper already, or that are covered whole, within the file's size: as nearly always.
+    /// Many such writes may go on at once. Tells whether this was one.
+    fn write_in_place(&self, core: &Core, upper: &Upper, offset: u64, bytes: &[u8]) -> io::Result<bool> {
+        let end = offset + bytes.len() as u64;
+        let first = (offset / BLOCK_BYTES) as u32;
+        let count = blocks(end) - first;
+        let data = self.data.read();
+        if end > data.size || data.own != Some(upper.slot) {
+            return Ok(false);
+        }
+        let is_in_upper = data.map.all_in(first, count, upper.slot);
+        let is_whole = offset.is_multiple_of(BLOCK_BYTES) && (end.is_multiple_of(BLOCK_BYTES) || end == data.size);
+        if !is_in_upper && !is_whole {
+            return Ok(false);
+        }
+        self.handle(core, upper.slot)?.write_all_at(bytes, offset)?;
+        drop(data);
+        if !is_in_upper {
+            // Only now may it be read from there.
+            self.data.write().map.set(first, count, upper.slot);
+        }
+        self.syncs.changed();
+        Ok(true)
     }
 
     /// Writes blocks that may not be in the upper yet. Of those covered in part, the rest comes from below.

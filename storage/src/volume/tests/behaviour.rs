@@ -189,3 +189,69 @@ fn seals_between_writes_are_moments_of_history() {
         assert!(history.is_sorted_by(|a, b| a >= b) && first - last <= 1, "layer {n}: {history:?}");
     }
 }
+
+/// A file system of four MiB, unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("ebb-test", dir.path(), "tmpfs", flags, Some(c"size=4m")).unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_what_has_no_room_and_keeps_the_rest() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not checked: only root can mount a small disk");
+        return;
+    }
+    let disk = SmallDisk::mount();
+    let node = Node::in_dir(tempfile::tempdir_in(disk.0.path()).unwrap());
+    let volume = node.volume(0, node.empty);
+    let big = create(&volume, "big");
+    let mut expected: Vec<u8> = Vec::new();
+    let full = loop {
+        let block = [expected.len() as u8 | 1; 5000];
+        match volume.core.write(big, expected.len() as u64, &block) {
+            Ok(()) => expected.extend(block),
+            Err(errno) => break errno,
+        }
+    };
+    assert_eq!(full, Errno::NOSPC);
+    assert!(expected.len() > 2 << 20);
+    // The journal's room was set aside before; it runs out too.
+    let mut made = 0;
+    while made < 100_000 {
+        match volume.core.create(ROOT_INO, format!("file {made}").as_bytes(), 0o600) {
+            Ok(_) => made += 1,
+            Err(errno) => {
+                assert_eq!(errno, Errno::NOSPC);
+                break;
+            }
+        }
+    }
+    assert!(made < 100_000);
+    let layer = LayerId::generate();
+    assert!(volume.seal(layer).is_err());
+    assert!(read_all(&volume, big) == expected);
+    let names = contents(&volume).len();
+    assert_eq!(names, made + 1);
+    drop(volume);
+
+    // With room again, everything that had succeeded is there, and work goes on.
+    rustix::mount::mount_remount(disk.0.path(), rustix::mount::MountFlags::empty(), c"size=16m").unwrap();
+    let volume = Volume::open(&node.dirs(0)).unwrap();
+    assert!(read_all(&volume, big) == expected);
+    assert_eq!(contents(&volume).len(), names);
+    create(&volume, "after");
+    assert_eq!(volume.seal(layer).unwrap().layer, layer);
+}

@@ -24,7 +24,10 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::in_dir(tempfile::tempdir().unwrap())
+    }
+
+    fn in_dir(dir: tempfile::TempDir) -> Self {
         let empty = LayerId::generate();
         let root = Inode {
             ino: ROOT_INO,
