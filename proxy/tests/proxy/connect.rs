@@ -209,7 +209,7 @@ async fn an_endpoint_that_is_full_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_first_packets_are_answered_or_cut_but_wake_nothing() {
-    let ebb = Ebb::with(|config| config.login_timeout = Duration::from_millis(300)).await;
+    let ebb = Ebb::with(|config| config.login_timeout = Duration::from_secs(2)).await;
     let startup = |version: u32| raw::packet(version, b"user\0app\0\0");
     for (bytes, expect) in [
         (raw::packet(2 << 16, b""), "0A000"),
