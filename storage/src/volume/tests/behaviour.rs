@@ -42,6 +42,21 @@ fn data_that_was_promised_stays_until_its_deletion_is_on_disk() {
 }
 
 #[test]
+fn data_found_at_opening_counts_as_promised() {
+    let node = Node::new();
+    let volume = node.volume(0, node.empty);
+    let ino = create(&volume, "old");
+    volume.core.write(ino, 0, &[1; 8192]).unwrap();
+    drop(volume);
+    let volume = Volume::open(&node.dirs(0)).unwrap();
+    volume.core.unlink(ROOT_INO, b"old").unwrap();
+    let data = node.dirs(0).branch.join("uppers/0/data");
+    assert_eq!(names_in(&data), [ino.to_string()]);
+    volume.core.sync_tree().unwrap();
+    assert!(names_in(&data).is_empty());
+}
+
+#[test]
 fn renaming_can_be_told_not_to_replace() {
     let node = Node::new();
     let volume = node.volume(0, node.empty);

@@ -197,17 +197,20 @@ impl Run {
                 let end = (offset + length) as usize;
                 bytes.resize(bytes.len().max(end), 0);
                 bytes[offset as usize..end].copy_from_slice(&written);
+                self.check_file(&path);
             }
             Act::Truncate(at, size) => {
                 let Some(path) = file(model, at) else { return };
                 volume.core.truncate(model.ino(&path), size.into()).unwrap();
                 model.bytes(&path).resize(size as usize, 0);
+                self.check_file(&path);
             }
             Act::Allocate(at, size) => {
                 let Some(path) = file(model, at) else { return };
                 volume.core.allocate(model.ino(&path), size.into()).unwrap();
                 let bytes = model.bytes(&path);
                 bytes.resize(bytes.len().max(size as usize), 0);
+                self.check_file(&path);
             }
             Act::Unlink(at) => {
                 let Some(path) = file(model, at) else { return };
@@ -272,6 +275,13 @@ impl Run {
         assert_eq!(self.volume().base(), base);
         assert_eq!(self.volume().is_dirty(), dirty);
         self.check();
+    }
+
+    fn check_file(&mut self, path: &str) {
+        let volume = self.volume();
+        let model = &mut self.branches[self.now].1;
+        let ino = model.ino(path);
+        assert!(read_all(&volume, ino) == *model.bytes(path), "{path} differs");
     }
 
     fn check(&self) {
