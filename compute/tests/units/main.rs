@@ -8,6 +8,7 @@ mod node;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use ebb_compute::manager::Unit;
@@ -47,6 +48,8 @@ fn main() -> ExitCode {
         a_unit_whose_postgres_keeps_dying_gives_up,
         a_path_longer_than_a_socket_s_works,
         postgres_is_isolated,
+        no_acknowledged_row_is_lost_to_a_kill,
+        a_unit_that_does_not_answer_is_killed,
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -344,4 +347,62 @@ async fn postgres_is_isolated() {
     let environment = std::fs::read(format!("/proc/{postmaster}/environ")).unwrap();
     assert!(!String::from_utf8_lossy(&environment).contains("CARGO"), "the environment leaks");
     node.stop(unit).await;
+}
+
+/// One client writes rows, one commit each, while the processes of its unit are killed one after the other.
+async fn no_acknowledged_row_is_lost_to_a_kill() {
+    let node = Node::new().await;
+    let spec = node.branch(node.template);
+    let unit = node.start(&spec).await;
+    node.sql(&unit, "CREATE EXTENSION amcheck; CREATE TABLE t (n int PRIMARY KEY, pad text)").await;
+
+    let acknowledged = AtomicU32::new(0);
+    let end = AtomicBool::new(false);
+    let write = async {
+        while !end.load(Relaxed) {
+            let _ = node.write_rows(&unit, &acknowledged, &end).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    let kill_them = async {
+        let victims = ["unit", "postmaster", "checkpointer", "unit", "walwriter", "unit", "postgres app", "postmaster"];
+        for (round, victim) in victims.into_iter().enumerate() {
+            // Not at the same distance from the last start each time.
+            let before = acknowledged.load(Relaxed);
+            until("rows", || acknowledged.load(Relaxed) > before + [1, 60, 7, 150][round % 4]).await;
+            match victim {
+                "unit" => {
+                    kill(node.unit_pid(&spec));
+                    unit.gone().await;
+                    node.start(&spec).await;
+                }
+                "postmaster" => kill(unit.status().await.unwrap().postmaster_pid.unwrap()),
+                other => kill(processes_like(&node.processes(&spec), other)[0]),
+            }
+        }
+        let before = acknowledged.load(Relaxed);
+        until("rows after the last kill", || acknowledged.load(Relaxed) > before).await;
+        end.store(true, Relaxed);
+    };
+    tokio::join!(write, kill_them);
+
+    let acknowledged = acknowledged.into_inner();
+    let found = node.sql(&unit, &format!("SELECT count(*) FROM t WHERE n BETWEEN 1 AND {acknowledged}")).await;
+    assert_eq!(found, acknowledged.to_string());
+    let checked =
+        node.sql(&unit, "SELECT count(bt_index_check(oid, true)) FROM pg_class WHERE relam = 403 AND relkind = 'i'");
+    assert_ne!(checked.await, "0");
+    assert_eq!(node.sql(&unit, "SELECT count(*) FROM verify_heapam('t')").await, "0");
+    node.stop(unit).await;
+}
+
+async fn a_unit_that_does_not_answer_is_killed() {
+    let node = Node::new().await;
+    let spec = node.branch(node.template);
+    let unit = node.start(&spec).await;
+    let processes = node.processes(&spec);
+    node::signal(node.unit_pid(&spec), rustix::process::Signal::STOP);
+    assert!(Unit::adopt(&spec.branch_dir).await.unwrap().is_none());
+    node.until_dead(&processes).await;
+    assert!(matches!(unit.status().await, Err(Error::Gone)));
 }

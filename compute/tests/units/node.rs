@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use ebb_compute::manager::{Unit, UnitSpec};
@@ -107,14 +108,8 @@ impl Node {
         self.try_sql(unit, sql).await.unwrap()
     }
 
-    pub async fn try_sql(&self, unit: &Unit, sql: &str) -> Result<String, Box<dyn std::error::Error>> {
-        let socket = unit.socket();
-        let dir = File::open(socket.parent().unwrap())?;
-        let name = socket.file_name().unwrap().to_str().unwrap();
-        let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await?;
-        let mut config = tokio_postgres::Config::new();
-        let (client, connection) = config.user("postgres").dbname("app").connect_raw(stream, NoTls).await?;
-        let connection = tokio::spawn(connection);
+    async fn try_sql(&self, unit: &Unit, sql: &str) -> Result<String, Box<dyn std::error::Error>> {
+        let (client, connection) = connect(unit).await?;
         let rows = client.simple_query(sql).await?;
         drop(client);
         connection.await??;
@@ -123,6 +118,24 @@ impl Node {
             _ => None,
         });
         Ok(values.last().unwrap_or_default().to_owned())
+    }
+
+    /// Inserts rows into `t`, one commit each, from the one after the last acknowledged, until `end` or a failure.
+    pub async fn write_rows(
+        &self,
+        unit: &Unit,
+        acknowledged: &AtomicU32,
+        end: &AtomicBool,
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let (client, _connection) = connect(unit).await?;
+        while !end.load(Relaxed) {
+            let n = acknowledged.load(Relaxed) + 1;
+            // The outcome of the last one before a kill is unknown: it may be there.
+            let insert = format!("INSERT INTO t VALUES ({n}, repeat('x', 500)) ON CONFLICT DO NOTHING");
+            client.batch_execute(&insert).await?;
+            acknowledged.store(n, Relaxed);
+        }
+        Ok(())
     }
 
     /// Waits until Postgres has been restarted so often and answers.
@@ -165,7 +178,7 @@ impl Node {
             fs::read_to_string(format!("/proc/{pid}/stat"))
                 .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().starts_with(" Z"))
         };
-        until("the unit's processes to end", || !processes.iter().any(runs)).await;
+        until("its processes to end", || !processes.iter().any(runs)).await;
     }
 
     /// What the host sees mounted of a branch: nothing, ever.
@@ -189,6 +202,19 @@ impl Drop for Node {
             }
         }
     }
+}
+
+type Connection = tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>;
+
+/// Connects as the superuser.
+async fn connect(unit: &Unit) -> Result<(tokio_postgres::Client, Connection), Box<dyn std::error::Error>> {
+    let socket = unit.socket();
+    let dir = File::open(socket.parent().unwrap())?;
+    let name = socket.file_name().unwrap().to_str().unwrap();
+    let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await?;
+    let mut config = tokio_postgres::Config::new();
+    let (client, connection) = config.user("postgres").dbname("app").connect_raw(stream, NoTls).await?;
+    Ok((client, tokio::spawn(connection)))
 }
 
 /// The directory with the template's layer, made once for each server version.
