@@ -92,8 +92,7 @@ impl House {
         let host_pid = host_pid.to_str().and_then(|pid| pid.parse().ok()).unwrap_or(0);
         let host_proc = File::open("/proc").on("open", "/proc")?;
 
-        let mut hidden_by_base = needed.iter().map(|path| path.canonicalize().on("find", path));
-        let needed = hidden_by_base.by_ref().collect::<Result<Vec<_>>>()?;
+        let needed: Vec<_> = needed.iter().map(|path| path.canonicalize().on("find", path)).collect::<Result<_>>()?;
         let base = choose_base(&needed).ok_or(Error::Isolation {
             act: "find a place for the unit's tree (/mnt, /media and /srv are in use)",
             source: io::ErrorKind::NotFound.into(),

@@ -11,7 +11,7 @@
 //! **Files** of the branch directory it writes: `unit.lock` (held by every process of the unit), `unit.pid`,
 //! `unit.err` (one line, when it gave up), `control.sock`, `postgres.log`, `roles.json`, and `run/`.
 //!
-//! **Crash.** Killed at any moment, the unit takes Postgres and the mount with it (see [`isolation`]); stale files are
+//! **Crash.** Killed at any moment, the unit takes Postgres and the mount with it (see `isolation.rs`); stale files are
 //! replaced by the next one.
 
 mod isolation;
@@ -31,7 +31,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ebb_storage::volume::VolumeDirs;
-use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{geteuid, setsid};
 
@@ -177,7 +176,6 @@ fn say_ready(status: &crate::control::Status) {
     if !matches!(told, Ok(Ok(()))) {
         tracing::debug!("nobody waits for this unit");
     }
-    if let Err(Errno::EBADF) = nix::unistd::dup2_stdout(io::stderr()) {
-        tracing::debug!("standard error is closed");
-    }
+    // The pipe ends for the manager when no process holds it; from here on nothing is printed but to the log.
+    let _ = nix::unistd::dup2_stdout(io::stderr());
 }
