@@ -19,6 +19,7 @@ fn main() -> ExitCode {
     // INVARIANT: a unit unshares namespaces, which the kernel refuses to a process with threads; so it is entered
     // before any thread or runtime exists.
     if let Command::Compute(args::ComputeCommand { branch_dir: Some(dir), .. }) = &args.command {
+        serve::start_logging();
         return ebb_compute::unit::main(dir);
     }
     let output = Output { json: args.json };

@@ -228,7 +228,7 @@ impl Signals {
 }
 
 /// Logs to stderr; `EBB_LOG` filters it (`debug`, `ebb_proxy=trace,info`).
-fn start_logging() {
+pub fn start_logging() {
     let filter = EnvFilter::try_from_env("EBB_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }
