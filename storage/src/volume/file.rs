@@ -372,10 +372,10 @@ impl FileNode {
                 let own = self.data.read().own;
                 // It may have been sealed, and the file gone on in the next one, since the caller looked.
                 match own {
-                    Some(slot) if slot == upper.slot => self.handle(core, slot)?.sync_data()?,
+                    Some(slot) if slot == upper.slot => upper.sync_data(&*self.handle(core, slot)?)?,
                     Some(slot) if slot > upper.slot => {
                         if let Some(file) = upper.open_data(self.ino)? {
-                            file.sync_data()?;
+                            upper.sync_data(&file)?;
                         }
                     }
                     _ => {}

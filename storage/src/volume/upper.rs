@@ -12,9 +12,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::fs::{AtFlags, OFlags};
 use rustix::io::Errno;
 
@@ -40,6 +41,10 @@ pub(super) struct Upper {
     names: Syncs,
     /// Data files of deleted files whose deletion may not be on disk yet.
     dead: Mutex<Vec<Ino>>,
+    /// Held for reading while a data file is synced.
+    syncing: RwLock<()>,
+    /// Why a data file could not be synced. See [`Upper::sync_data`].
+    unsynced: OnceLock<Errno>,
 }
 
 /// Counts changes and syncs, so that calls at the same time share one sync, and none returns before it is done.
@@ -121,7 +126,16 @@ impl Upper {
     fn new(dir: &Path, number: u64, slot: u32, journal: Journal) -> Result<Self> {
         let path = dir.join("data");
         let data = open_dir(&path).on("open", &path)?;
-        Ok(Self { number, slot, journal, data, names: Syncs::default(), dead: Mutex::default() })
+        Ok(Self {
+            number,
+            slot,
+            journal,
+            data,
+            names: Syncs::default(),
+            dead: Mutex::default(),
+            syncing: RwLock::default(),
+            unsynced: OnceLock::new(),
+        })
     }
 
     /// A second handle on `data/`.
@@ -194,6 +208,15 @@ impl Upper {
         synced
     }
 
+    /// Syncs a data file.
+    ///
+    /// CRASH: The kernel tells of a failure once, and takes what it could not write for written. So a file that failed
+    /// here would seem synced to [`Upper::sync_all`], which opens it anew; the upper as a whole must not be called synced.
+    pub(super) fn sync_data(&self, file: &File) -> io::Result<()> {
+        let _syncing = self.syncing.read();
+        file.sync_data().inspect_err(|error| drop(self.unsynced.set(errno(error))))
+    }
+
     /// Syncs everything that is in it.
     pub(super) fn sync_all(&self, branch: &Path) -> Result<()> {
         let data = dir_of(branch, self.number).join("data");
@@ -201,10 +224,15 @@ impl Upper {
             let path = entry.on("list", &data)?.path();
             // A file may be deleted meanwhile: its inode was open and is not any more.
             match File::open(&path) {
-                Ok(file) => file.sync_data().on("sync", &path)?,
+                Ok(file) => self.sync_data(&file).on("sync", &path)?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error).on("open", &path),
             }
+        }
+        // Others may have been told of a failure just now.
+        drop(self.syncing.write());
+        if let Some(errno) = self.unsynced.get() {
+            return Err(*errno).on("sync", &data);
         }
         sync_dir(&data)?;
         self.sync_names().on("sync", &data)
