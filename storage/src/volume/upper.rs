@@ -214,7 +214,10 @@ impl Upper {
     /// here would seem synced to [`Upper::sync_all`], which opens it anew; the upper as a whole must not be called synced.
     pub(super) fn sync_data(&self, file: &File) -> io::Result<()> {
         let _syncing = self.syncing.read();
-        file.sync_data().inspect_err(|error| drop(self.unsynced.set(errno(error))))
+        file.sync_data().inspect_err(|error| {
+            // The first failure is enough.
+            let _ = self.unsynced.set(errno(error));
+        })
     }
 
     /// Syncs everything that is in it.

@@ -5,16 +5,50 @@ mod crash;
 mod model;
 mod mount;
 mod postgres;
+mod power;
+mod threads;
+mod worker;
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ebb_types::{LayerId, Lsn};
+use proptest::strategy::Strategy;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use super::core::AttrKind;
 use super::{Volume, VolumeDirs};
 use crate::layer::{ImageInfo, Ino, Inode, InodeKind, Manifest, ROOT_INO};
+
+/// The seeds of a test's cases: `EBB_TEST_SEED` alone, or `EBB_TEST_CASES` (else `default`) new ones.
+fn seeds(default: u64) -> impl Iterator<Item = u64> {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
+    let (first, count) = match number("EBB_TEST_SEED") {
+        Some(seed) => (seed, 1),
+        None => (rand::random::<u64>() >> 16, number("EBB_TEST_CASES").unwrap_or(default)),
+    };
+    first..first + count
+}
+
+/// Checks a property on many values, each from a seed of its own. A failure names the seed, and the smallest value found
+/// that fails.
+fn cases<T: Debug>(default: u64, values: impl Strategy<Value = T>, property: impl Fn(T)) {
+    for seed in seeds(default) {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        let config = Config { cases: 1, failure_persistence: None, ..Config::default() };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+        let checked = runner.run(&values, |value| {
+            property(value);
+            Ok(())
+        });
+        if let Err(error) = checked {
+            panic!("EBB_TEST_SEED={seed}: {error}");
+        }
+    }
+}
 
 /// A node's directory with an empty layer in it.
 struct Node {
@@ -25,6 +59,11 @@ struct Node {
 impl Node {
     fn new() -> Self {
         Self::in_dir(tempfile::tempdir().unwrap())
+    }
+
+    /// In memory, where syncs cost nothing, if this machine has such a place.
+    fn in_memory() -> Self {
+        Self::in_dir(tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap())
     }
 
     fn in_dir(dir: tempfile::TempDir) -> Self {
@@ -84,6 +123,19 @@ fn contents(volume: &Volume) -> Contents {
     let mut all = Contents::new();
     walk(volume, ROOT_INO, "", &mut all);
     all
+}
+
+/// Fails with the paths that differ; their contents would fill a book.
+fn assert_same(found: &Contents, expected: &Contents, what: &str) {
+    let differs = |path: &&String| found.get(*path) != expected.get(*path);
+    let all: std::collections::BTreeSet<&String> = found.keys().chain(expected.keys()).filter(differs).collect();
+    let short = |contents: &Contents, path: &String| match contents.get(path) {
+        Some((Thing::File(bytes), mode)) => format!("{} bytes, mode {mode:o}", bytes.len()),
+        other => format!("{other:?}"),
+    };
+    let told: Vec<_> =
+        all.iter().map(|path| format!("{path}: {}, not {}", short(found, path), short(expected, path))).collect();
+    assert!(all.is_empty(), "{what}: {told:#?}");
 }
 
 fn walk(volume: &Volume, directory: Ino, path: &str, all: &mut Contents) {
