@@ -16,11 +16,14 @@ const LINE_BYTES_MAX: u64 = 64 * 1024;
 pub enum Request {
     /// How are you?
     Status,
-    /// Seal the volume into this layer; Postgres goes on. Idempotent for one `layer`.
+    /// Seal the volume into this layer; Postgres goes on. Idempotent for one `layer`. Answered as soon as the seal
+    /// cannot be undone any more; the unit completes the layer soon after.
     Seal {
         /// The identifier the new layer gets, if anything was written.
         layer: LayerId,
     },
+    /// Tell when the layers of all seals so far are complete.
+    Finish,
     /// Stop Postgres (fast shutdown), unmount, seal into this layer, exit. Idempotent for one `layer`.
     Stop {
         /// The identifier the new layer gets, if anything was written.
@@ -43,6 +46,8 @@ pub enum Reply {
         /// Whether it is new.
         new: bool,
     },
+    /// To `Finish`.
+    Finished,
     /// To `Discard`.
     Discarded,
     /// To anything that failed.

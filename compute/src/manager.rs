@@ -148,6 +148,17 @@ impl Unit {
         }
     }
 
+    /// Waits until the layers of all seals so far are complete.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when there is no unit: opening the volume completes them.
+    pub async fn finish_seals(&self) -> Result<()> {
+        match self.request(&Request::Finish, SEAL_DEADLINE).await? {
+            Reply::Finished => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Stops and seals; see [`crate::control::Request::Stop`]. The unit is gone when this returns.
     ///
     /// # Errors

@@ -27,6 +27,11 @@ use crate::layer::{BLOCK_BYTES, ImageInfo};
 /// The path of the control file in a data directory.
 pub const PG_CONTROL: &str = "global/pg_control";
 
+/// Files at the top of a data directory that Postgres writes anew at each start and that mean nothing to the next one:
+/// its own lock file (PostgreSQL 15 `miscinit.c`, `CreateDataDirLockFile`) and its command line (`CreateOptsFile` of
+/// `postmaster.c`). Postgres syncs the first one half a dozen times on its way up.
+pub(crate) const TRANSIENT: [&[u8]; 2] = [b"postmaster.pid", b"postmaster.opts"];
+
 /// The oldest and newest Postgres major version whose files are understood.
 pub const PG_MAJORS: std::ops::RangeInclusive<u32> = 14..=18;
 

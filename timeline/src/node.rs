@@ -26,6 +26,8 @@ use crate::decide::Found;
 use crate::error::LocalContext as _;
 use crate::{Error, Refusal, Result, files, migrate};
 
+mod pending;
+
 /// SCRAM verifiers by role; `None` for a role without a password.
 pub type Roles = BTreeMap<String, Option<String>>;
 
@@ -124,6 +126,8 @@ pub struct LocalNode {
     bucket: Bucket,
     store: NodeStore,
     units: Mutex<HashMap<BranchId, Unit>>,
+    /// Layers sealed here that may not be complete, and whose volume they come from.
+    pending: Mutex<HashMap<LayerId, BranchId>>,
     /// Looked for once: asking each server for its version is a process, and has no place in a wake.
     installations: OnceLock<Vec<Installation>>,
     /// One template is made at a time.
@@ -147,6 +151,7 @@ impl LocalNode {
             bucket,
             store,
             units: Mutex::default(),
+            pending: Mutex::default(),
             installations: OnceLock::new(),
             templates: tokio::sync::Mutex::default(),
         }
@@ -251,7 +256,7 @@ impl LocalNode {
         if self.has_volume(data)? {
             return Ok(());
         }
-        self.store.ensure_local(data.head).await?;
+        self.fetch(data.head).await?;
         let dir = self.branch_dir(data.branch);
         fs::create_dir_all(&dir).on("create", &dir)?;
         self.clear(data.branch).await?;
@@ -292,6 +297,7 @@ impl Node for LocalNode {
     }
 
     async fn adopt(&self, branch: BranchId) -> Result<Option<PathBuf>> {
+        self.find_pending(branch).await?;
         let unit = Unit::adopt(&self.branch_dir(branch)).await?;
         let socket = unit.as_ref().map(Unit::socket);
         match unit {
@@ -322,7 +328,10 @@ impl Node for LocalNode {
     async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
         if let Some(unit) = self.unit(data.branch) {
             match unit.seal(id).await {
-                Ok((layer, _)) => return Ok(Some(layer)),
+                Ok((layer, _)) => {
+                    self.note_sealed(layer, data.branch);
+                    return Ok(Some(layer));
+                }
                 Err(error) => self.unless_gone(data.branch, error).await?,
             }
         }
@@ -405,6 +414,7 @@ impl Node for LocalNode {
         {
             return Ok(Some(roles));
         }
+        self.settle(data.head).await?;
         let layer = self.store.layers_dir().join(data.head.to_string());
         if !layer.join("manifest").exists() {
             // On a node that has nothing yet: without the image's own verifiers an old password might be let in.
@@ -414,26 +424,30 @@ impl Node for LocalNode {
     }
 
     async fn fetch(&self, layer: LayerId) -> Result<()> {
+        self.settle(layer).await?;
         Ok(self.store.ensure_local(layer).await?)
     }
 
     async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64> {
-        self.store.ensure_local(layer).await?;
+        self.fetch(layer).await?;
         self.store.export(layer, dir).await?;
         let dir = dir.to_owned();
         blocking("counting an export", move || files::tree_bytes(&dir)).await
     }
 
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        self.settle(layer).await?;
         Ok(self.manifest(layer).await?.map(|manifest| manifest.chain).unwrap_or_default())
     }
 
     async fn upload(&self, layer: LayerId) -> Result<()> {
+        self.settle(layer).await?;
         self.store.upload(layer).await?;
         Ok(())
     }
 
     async fn redo(&self, layer: LayerId) -> Option<Lsn> {
+        self.settle(layer).await.ok()?;
         self.manifest(layer).await.ok()?.map(|manifest| manifest.image.redo)
     }
 

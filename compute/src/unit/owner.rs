@@ -11,7 +11,7 @@ use ebb_types::{LayerId, Lsn};
 use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -112,6 +112,8 @@ pub(super) struct Owner {
     roles: Roles,
     /// When Postgres was restarted lately, oldest first.
     restarted: VecDeque<Instant>,
+    /// Completing layers. They hold the volume open: wait for them before it is closed.
+    finishing: TaskTracker,
     events: mpsc::Receiver<Event>,
     events_sender: mpsc::Sender<Event>,
 }
@@ -139,6 +141,7 @@ impl Owner {
             view: Arc::new(Mutex::new(view)),
             roles,
             restarted: VecDeque::new(),
+            finishing: TaskTracker::new(),
             events,
             events_sender,
         }
@@ -244,9 +247,11 @@ impl Owner {
                     // The layer carries roles.json: it must know the roles that are in the image.
                     self.look_at_roles().await;
                     let volume = mounted.volume.clone();
-                    let sealed = blocking(move || volume.seal(layer)).await;
+                    let sealed = blocking(move || volume.begin_seal(layer)).await;
                     let _ = reply.send(reply_to_seal(sealed.map_err(Error::from)));
+                    self.finish_seals(&mounted, None);
                 }
+                Action::Ask(Ask { request: Request::Finish, reply }) => self.finish_seals(&mounted, Some(reply)),
                 Action::Ask(Ask { request: Request::Stop { layer }, reply }) => {
                     let sealed = self.stop(mounted, postmaster, Some(layer)).await;
                     let _ = reply.send(reply_to_seal(sealed.map(|sealed| sealed.expect("a layer was asked for"))));
@@ -256,6 +261,7 @@ impl Owner {
                     tracing::info!("discarded");
                     postmaster.signal(Signal::SIGKILL);
                     self.await_exit(&postmaster, None).await;
+                    self.seals_are_finished().await;
                     blocking(move || {
                         postmaster.bury();
                         drop(mounted);
@@ -271,6 +277,27 @@ impl Owner {
                 }
             }
         }
+    }
+
+    /// Completes the layers of all seals so far, and tells whoever asked.
+    fn finish_seals(&self, mounted: &Mounted, asked: Option<oneshot::Sender<Reply>>) {
+        let volume = mounted.volume.clone();
+        self.finishing.spawn(async move {
+            let finished = blocking(move || volume.finish_seals()).await.map_err(|error| chain(&error));
+            if let Err(error) = &finished {
+                tracing::warn!(error, "a layer was not completed; the next seal tries again");
+            }
+            let reply = finished.map_or_else(|message| Reply::Failed { message }, |()| Reply::Finished);
+            // Whoever asked may be gone.
+            asked.map(|asked| asked.send(reply));
+        });
+    }
+
+    /// Waits until nobody is busy completing layers.
+    async fn seals_are_finished(&self) {
+        self.finishing.close();
+        self.finishing.wait().await;
+        self.finishing.reopen();
     }
 
     /// Publishes roles, if Postgres answers; a failure is worth a line, and the next look tries again.
@@ -305,6 +332,7 @@ impl Owner {
             }
         }
         look(&self.view).postmaster_pid = None;
+        self.seals_are_finished().await;
         blocking(move || {
             postmaster.bury();
             mounted.mount.unmount()?;
@@ -346,6 +374,7 @@ impl Owner {
             view.ever_ready
         };
         self.roles.close();
+        self.seals_are_finished().await;
         let (complaint, unmounted) = blocking(move || (postmaster.bury(), mounted.close())).await;
         let why = complaint.map_or_else(|| format!("it {how}"), |complaint| format!("{complaint} (it {how})"));
         tracing::error!(how, why, "postgres ended by itself");

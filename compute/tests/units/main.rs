@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         starts_at_once_make_one_unit,
         a_seal_leaves_postgres_alone_and_a_branch_of_it_starts,
         a_seal_can_be_asked_for_twice,
+        a_seal_holds_what_was_there_when_it_was_answered_whenever_its_layer_is_completed,
         roles_made_in_sql_are_published,
         a_role_keeps_the_verifier_it_has,
         a_discarded_unit_leaves_no_layer,
@@ -175,6 +176,7 @@ async fn a_seal_leaves_postgres_alone_and_a_branch_of_it_starts() {
     node.sql(&source, "INSERT INTO t VALUES (0)").await;
     assert_eq!(source.status().await.unwrap().postmaster_pid, pid);
 
+    source.finish_seals().await.unwrap();
     let branch_spec = node.branch(layer);
     let branch = node.start(&branch_spec).await;
     assert_eq!(node.sql(&branch, "SELECT count(*) FROM t").await, "100");
@@ -192,6 +194,31 @@ async fn a_seal_can_be_asked_for_twice() {
     let layer = LayerId::generate();
     assert_eq!(unit.seal(layer).await.unwrap(), (layer, true));
     assert_eq!(unit.seal(layer).await.unwrap(), (layer, true));
+    node.stop(unit).await;
+}
+
+async fn a_seal_holds_what_was_there_when_it_was_answered_whenever_its_layer_is_completed() {
+    let node = Node::new().await;
+    let spec = node.branch(node.template);
+    let unit = node.start(&spec).await;
+    node.sql(&unit, "CREATE TABLE t (n int)").await;
+    let mut layers = Vec::new();
+    for _ in 0..8 {
+        node.sql(&unit, "INSERT INTO t VALUES (1)").await;
+        let layer = LayerId::generate();
+        unit.seal(layer).await.unwrap();
+        layers.push(layer);
+    }
+    node.sql(&unit, "INSERT INTO t VALUES (2)").await;
+    kill(node.unit_pid(&spec));
+    unit.gone().await;
+    let unit = node.start(&spec).await;
+    assert_eq!(node.sql(&unit, "SELECT count(*) FROM t").await, "9");
+    for (number, layer) in layers.into_iter().enumerate() {
+        let branch = node.start(&node.branch(layer)).await;
+        assert_eq!(node.sql(&branch, "SELECT count(*) FROM t").await, (number + 1).to_string());
+        node.stop(branch).await;
+    }
     node.stop(unit).await;
 }
 

@@ -28,6 +28,7 @@ use super::slots::Slots;
 use super::tree::{Entry, Kind, Tree};
 use super::upper::Upper;
 use crate::layer::{Ino, ROOT_INO};
+use crate::pg_files;
 
 /// LIMIT: of the files a process may have open, the part that data files may take; the rest is for everybody else.
 const HANDLES_PART: u64 = 2;
@@ -70,8 +71,8 @@ pub(super) struct Core {
 #[derive(Debug)]
 struct Gate {
     upper: Arc<Upper>,
-    /// The upper that was sealed last, until all of it is on disk.
-    previous: Option<Arc<Upper>>,
+    /// The uppers that were sealed and are not all on disk yet, oldest first.
+    sealed: Vec<Arc<Upper>>,
 }
 
 #[derive(Debug)]
@@ -103,7 +104,7 @@ impl Core {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
         Self {
             slots,
-            gate: RwLock::new(Gate { upper: Arc::new(upper), previous: None }),
+            gate: RwLock::new(Gate { upper: Arc::new(upper), sealed: Vec::new() }),
             names: RwLock::new(Names { tree: image.tree, orphans: HashMap::new() }),
             files: RwLock::new(files),
             handles: AtomicUsize::new(0),
@@ -331,18 +332,28 @@ impl Core {
 
     /// Brings a file to disk: its contents, its name, and everything done to the tree before.
     ///
-    /// CRASH: What this acknowledges lies in the upper, and in the one before while that is not on disk yet. The new
-    /// upper counts after a crash only if the old one's journal tells of the seal; so that is synced here as well.
+    /// CRASH: What this acknowledges lies in the upper, and in those sealed before while they are not on disk yet. A
+    /// new upper counts after a crash only if the journals before it tell of their seals; so they are synced as well.
     pub(super) fn sync_file(&self, ino: Ino) -> Result<(), Errno> {
-        let (upper, previous) = self.uppers();
-        self.file(ino)?.sync(self, &upper, previous.as_deref())?;
-        sync_names(&upper, previous.as_deref())
+        if self.is_transient(ino) {
+            return Ok(());
+        }
+        let (upper, sealed) = self.uppers();
+        self.file(ino)?.sync(self, &upper, &sealed)?;
+        sync_names(&upper, &sealed)
+    }
+
+    /// Whether no Postgres but the one that writes it now wants to read this file.
+    fn is_transient(&self, ino: Ino) -> bool {
+        let names = self.names.read();
+        let entry = names.tree.get(ino).filter(|entry| entry.parent == ROOT_INO);
+        entry.is_some_and(|entry| pg_files::TRANSIENT.contains(&entry.name.as_slice()))
     }
 
     /// Brings the tree to disk.
     pub(super) fn sync_tree(&self) -> Result<(), Errno> {
-        let (upper, previous) = self.uppers();
-        sync_names(&upper, previous.as_deref())
+        let (upper, sealed) = self.uppers();
+        sync_names(&upper, &sealed)
     }
 
     /// The figures of the file system that the upper is on.
@@ -353,28 +364,35 @@ impl Core {
 
     // Seals.
 
-    /// The upper, and the one before while it is not on disk yet.
-    pub(super) fn uppers(&self) -> (Arc<Upper>, Option<Arc<Upper>>) {
+    /// The upper, and those sealed before that are not on disk yet, oldest first.
+    pub(super) fn uppers(&self) -> (Arc<Upper>, Vec<Arc<Upper>>) {
         let gate = self.gate.read();
-        (gate.upper.clone(), gate.previous.clone())
+        (gate.upper.clone(), gate.sealed.clone())
     }
 
-    /// Seals the upper and goes on with another: appends `record`, which the new one waits for.
-    pub(super) fn switch(&self, upper: Upper, record: &Record) -> Result<Arc<Upper>, Errno> {
+    /// Seals the upper and goes on with another. `last_words` gives the last records of its journal; nothing is
+    /// written to the volume while it does.
+    pub(super) fn switch(
+        &self,
+        upper: Upper,
+        last_words: impl FnOnce() -> Result<Vec<Record>, Errno>,
+    ) -> Result<Arc<Upper>, Errno> {
         let data = upper.data_dir().map_err(|error| errno(&error))?;
         self.gate.read().upper.journal.reserve()?;
         let mut gate = self.gate.write();
-        debug_assert!(gate.previous.is_none() && self.slots.len() == upper.slot);
-        gate.upper.journal.append(record)?;
+        debug_assert!(self.slots.len() == upper.slot);
+        for record in last_words()? {
+            gate.upper.journal.append(&record)?;
+        }
         self.slots.push(&PathBuf::from(format!("upper {}", upper.number)), data);
         let sealed = std::mem::replace(&mut gate.upper, Arc::new(upper));
-        gate.previous = Some(sealed.clone());
+        gate.sealed.push(sealed.clone());
         Ok(sealed)
     }
 
-    /// Tells that the upper sealed last is on disk.
-    pub(super) fn previous_is_synced(&self) {
-        self.gate.write().previous = None;
+    /// Tells that a sealed upper is on disk.
+    pub(super) fn is_on_disk(&self, upper: &Upper) {
+        self.gate.write().sealed.retain(|sealed| sealed.number != upper.number);
     }
 
     // Handles.
@@ -395,10 +413,10 @@ impl Core {
     }
 }
 
-/// The old journal first: it tells that the new one counts.
-fn sync_names(upper: &Upper, previous: Option<&Upper>) -> Result<(), Errno> {
-    if let Some(previous) = previous {
-        previous.sync_names()?;
+/// The old journals first: they tell that the newer ones count.
+fn sync_names(upper: &Upper, sealed: &[Arc<Upper>]) -> Result<(), Errno> {
+    for older in sealed {
+        older.sync_names()?;
     }
     upper.sync_names()
 }

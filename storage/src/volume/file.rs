@@ -365,10 +365,10 @@ impl FileNode {
         Ok(())
     }
 
-    /// Brings the contents to disk, in the upper and in the one sealed before it.
-    pub(super) fn sync(&self, core: &Core, upper: &Upper, previous: Option<&Upper>) -> Result<(), Errno> {
+    /// Brings the contents to disk, in the upper and in those sealed before it.
+    pub(super) fn sync(&self, core: &Core, upper: &Upper, sealed: &[Arc<Upper>]) -> Result<(), Errno> {
         self.syncs.sync(|| {
-            for upper in previous.into_iter().chain([upper]) {
+            for upper in sealed.iter().map(Arc::as_ref).chain([upper]) {
                 let own = self.data.read().own;
                 // It may have been sealed, and the file gone on in the next one, since the caller looked.
                 match own {

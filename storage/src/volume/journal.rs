@@ -68,8 +68,21 @@ pub(super) enum Record {
     Mode { ino: Ino, mode: u32 },
     /// A file was cut to this size: nothing at or after it shows through from below any more.
     Truncate { ino: Ino, size: u64 },
+    /// Where the WAL ended when the upper was sealed. Only right before a `Seal` does it mean anything.
+    WalEnd(WalEnd),
     /// The upper was sealed as this layer. The last record; the upper of the next number goes on.
     Seal { layer: LayerId },
+}
+
+/// Where the WAL ended at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct WalEnd {
+    /// The number of the segment that was written last.
+    pub segment: u64,
+    /// How many of its pages nobody writes to any more, because another follows them.
+    pub pages: u32,
+    /// The page after those, as far as it was written.
+    pub page: Vec<u8>,
 }
 
 /// What a journal says about its upper.
@@ -353,6 +366,12 @@ impl Record {
                 number(out, *ino);
                 number(out, *size);
             }
+            Record::WalEnd(end) => {
+                out.push(10);
+                number(out, end.segment);
+                out.extend_from_slice(&end.pages.to_le_bytes());
+                name(out, &end.page);
+            }
             Record::Seal { layer } => {
                 out.push(9);
                 out.extend_from_slice(layer.as_bytes());
@@ -385,6 +404,7 @@ impl Record {
             },
             7 => Record::Mode { ino: input.u64()?, mode: input.u32()? },
             8 => Record::Truncate { ino: input.u64()?, size: input.u64()? },
+            10 => Record::WalEnd(WalEnd { segment: input.u64()?, pages: input.u32()?, page: input.name()? }),
             9 => Record::Seal { layer: LayerId::from_bytes(input.take(16)?.try_into().ok()?) },
             _ => return None,
         };
@@ -445,6 +465,7 @@ mod tests {
             Record::Rename { from: 1, from_name: b"x".to_vec(), to: 3, to_name: b"y".to_vec() },
             Record::Mode { ino: 2, mode: 0o640 },
             Record::Truncate { ino: 2, size: 8193 },
+            Record::WalEnd(WalEnd { segment: 5, pages: 77, page: vec![7; 99] }),
             Record::Seal { layer: LayerId::for_test(9) },
         ]
     }

@@ -40,6 +40,7 @@ mod wal;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -68,12 +69,27 @@ pub use self::fuse::{Mount, MountOptions};
 pub struct Volume {
     dirs: VolumeDirs,
     core: Arc<Core>,
-    /// Held during a seal: one at a time.
-    turn: Mutex<Turn>,
-    /// The newest sealed layer, and what its control file says. Written under `turn`.
+    /// Held while the upper is switched: one seal at a time.
+    turn: Mutex<()>,
+    /// Held while layers are completed: one at a time, oldest first. LOCK ORDER: `turn`, `finishing`, `pending`.
+    finishing: Mutex<()>,
+    /// Seals that have happened and whose layers are not complete yet, oldest first.
+    pending: Mutex<VecDeque<Pending>>,
+    /// The newest complete layer, and what its control file says. Written under `finishing`.
     base: Mutex<Base>,
     /// Locked while the volume is open.
     _lock: File,
+}
+
+/// LIMIT: seals waiting for their layers. Each keeps its upper open and makes a sync look at one more; more of them
+/// at once means that the disk does not keep up.
+const PENDING_MAX: usize = 32;
+
+/// A seal whose layer is not complete yet.
+#[derive(Debug, Clone)]
+struct Pending {
+    upper: Arc<Upper>,
+    layer: LayerId,
 }
 
 /// Where a volume lives on this node. Both are on one file system.
@@ -98,12 +114,6 @@ pub struct Sealed {
 struct Base {
     layer: LayerId,
     info: ImageInfo,
-}
-
-#[derive(Debug, Default)]
-struct Turn {
-    /// A seal that switched uppers and then failed: it is finished before anything else is sealed.
-    unfinished: Option<(Arc<Upper>, LayerId)>,
 }
 
 impl VolumeDirs {
@@ -144,14 +154,18 @@ impl Volume {
         dirs.branch.parent().map_or(Ok(()), sync_dir)
     }
 
-    /// Deletes the volume of a branch with everything in it that was not sealed. Layers stay. Succeeds if there is
-    /// none; a volume that was cut off in the middle of this counts as not there.
+    /// Deletes the volume of a branch with everything in it that was not sealed. Layers stay, and seals whose layers
+    /// are not complete are finished first: others may lie on them. Succeeds if there is none; a volume that was cut
+    /// off in the middle of this counts as not there.
     ///
     /// # Errors
-    /// `Local` when the volume is open.
+    /// `Local` when the volume is open; whatever keeps a seal from being finished.
     pub fn remove(dirs: &VolumeDirs) -> Result<()> {
         let uppers = dirs.branch.join("uppers");
         let _lock = if uppers.exists() { Some(lock(&uppers)?) } else { None };
+        if !Self::pending(dirs)?.is_empty() {
+            finish_seals(dirs, State::read(&dirs.branch)?)?;
+        }
         let state = dirs.branch.join("volume.json");
         match fs::remove_file(&state) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).on("remove", &state),
@@ -162,6 +176,31 @@ impl Volume {
         }
         remove_dir(&uppers)?;
         remove_dir(&dirs.wal())
+    }
+
+    /// The layers of seals that have happened and that are not complete: opening the volume completes them, and so does
+    /// whoever has it open. Oldest first; empty if there is no volume.
+    ///
+    /// # Errors
+    /// `Local` or `Corrupt` when a file of the volume cannot be read.
+    pub fn pending(dirs: &VolumeDirs) -> Result<Vec<LayerId>> {
+        let uppers = dirs.branch.join("uppers");
+        if !Self::exists(dirs) || !uppers.exists() {
+            return Ok(Vec::new());
+        }
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(&uppers).on("list", &uppers)? {
+            let path = entry.on("list", &uppers)?.path().join("journal");
+            let contents = match journal::read(&path) {
+                // Renamed meanwhile, or never made.
+                Err(Error::Local { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+                contents => contents?,
+            };
+            if let Some(Record::Seal { layer }) = contents.records.last() {
+                found.insert(contents.header.upper, *layer);
+            }
+        }
+        Ok(found.into_values().collect())
     }
 
     /// Opens the volume, finding after a crash exactly what had been synced (and whatever else reached the disk).
@@ -205,6 +244,8 @@ impl Volume {
             dirs: dirs.clone(),
             core: Arc::new(Core::new(image, slots, upper)),
             turn: Mutex::default(),
+            finishing: Mutex::default(),
+            pending: Mutex::default(),
             base: Mutex::new(Base { layer: state.base, info: manifest.image }),
             _lock: lock,
         }))
@@ -219,26 +260,41 @@ impl Volume {
         Mount::new(self.clone(), self.core.clone(), at, options)
     }
 
+    /// Freezes the present state into layer `id` and goes on with an empty upper; returns once the layer is complete on
+    /// this node: [`Volume::begin_seal`], then [`Volume::finish_seals`].
+    pub fn seal(&self, id: LayerId) -> Result<Sealed> {
+        let sealed = self.begin_seal(id)?;
+        self.finish_seals()?;
+        Ok(sealed)
+    }
+
     /// Freezes the present state into layer `id` and goes on with an empty upper. Writers wait at most for a few
     /// system calls; Postgres is not touched. The image is crash-consistent.
     ///
-    /// Returns once the layer is complete on this node: manifest written, WAL captured, all of it synced. If nothing
-    /// was written since the last seal, that layer is returned and `id` is not used. Calling again with the same `id`
-    /// after a crash, or after a failure, finishes what was begun.
-    pub fn seal(&self, id: LayerId) -> Result<Sealed> {
-        let mut turn = self.turn.lock();
-        if let Some((upper, layer)) = turn.unfinished.clone() {
-            self.finish(&mut turn, &upper, layer)?;
+    /// When this returns, the seal has happened for good: a crash or a power cut does not undo it. The layer is complete
+    /// after [`Volume::finish_seals`], which the caller sees to, or after the volume was opened again. If nothing was
+    /// written since the last seal, the layer of that one is returned and `id` is not used. Calling again with the same
+    /// `id` after a crash, or after a failure, finishes what was begun.
+    pub fn begin_seal(&self, id: LayerId) -> Result<Sealed> {
+        let _turn = self.turn.lock();
+        let begun = self.pending.lock().iter().find(|pending| pending.layer == id).cloned();
+        if let Some(pending) = begun {
+            pending.upper.journal.sync().on("seal", &self.dirs.branch)?;
+            return Ok(Sealed { layer: id, new: true });
         }
         if seal::is_layer(&self.dirs.layers, id) {
             return Ok(Sealed { layer: id, new: true });
         }
-        if !self.is_dirty() {
-            return Ok(Sealed { layer: self.base(), new: false });
+        if self.pending.lock().len() >= PENDING_MAX {
+            self.finish_seals()?;
+        }
+        if !self.has_changed() {
+            let newest = self.pending.lock().back().map(|pending| pending.layer);
+            return Ok(Sealed { layer: newest.unwrap_or_else(|| self.base()), new: false });
         }
         let sealed = self.switch(id)?;
-        turn.unfinished = Some((sealed.clone(), id));
-        self.finish(&mut turn, &sealed, id)?;
+        self.pending.lock().push_back(Pending { upper: sealed.clone(), layer: id });
+        sealed.journal.sync().on("seal", &self.dirs.branch)?;
         metrics::counter!("ebb_storage_volume_seals_total").increment(1);
         Ok(Sealed { layer: id, new: true })
     }
@@ -250,9 +306,19 @@ impl Volume {
         let base = self.base.lock().info;
         remove_dir(&dir_of(branch, upper.number).join("hold"))?;
         seal::hold_wal(&self.dirs, upper.number, &base)?;
+        seal::hold_roles(&self.dirs, upper.number)?;
         let next = Upper::create(branch, Header { upper: upper.number + 1, base: id }, self.core.slots.len())?;
+        let wal = self.dirs.wal();
         let begun = Instant::now();
-        let sealed = self.core.switch(next, &Record::Seal { layer: id }).on("seal", branch)?;
+        let last_words = || {
+            // What is in the upper was in the WAL before: an end found while nobody writes is late enough.
+            let end = wal::end(&wal, &base).map_err(|error| {
+                tracing::error!(%error, "the end of WAL cannot be found");
+                Errno::IO
+            })?;
+            Ok(end.map(Record::WalEnd).into_iter().chain([Record::Seal { layer: id }]).collect())
+        };
+        let sealed = self.core.switch(next, last_words).on("seal", branch)?;
         metrics::histogram!("ebb_storage_volume_seal_stall_seconds").record(begun.elapsed().as_secs_f64());
         if let Err(error) = seal::hold_wal(&self.dirs, upper.number, &base) {
             // Finishing tries again.
@@ -261,8 +327,19 @@ impl Volume {
         Ok(sealed)
     }
 
+    /// Completes the layers of all seals that have happened. Idempotent; after a failure the next call tries again.
+    pub fn finish_seals(&self) -> Result<()> {
+        let _finishing = self.finishing.lock();
+        loop {
+            let oldest = self.pending.lock().front().cloned();
+            let Some(Pending { upper, layer }) = oldest else { return Ok(()) };
+            self.finish(&upper, layer)?;
+            self.pending.lock().pop_front();
+        }
+    }
+
     /// Steps 5 to 7.
-    fn finish(&self, turn: &mut Turn, sealed: &Upper, layer: LayerId) -> Result<()> {
+    fn finish(&self, sealed: &Upper, layer: LayerId) -> Result<()> {
         let base = self.base();
         if dir_of(&self.dirs.branch, sealed.number).exists() {
             sealed.sync_all(&self.dirs.branch)?;
@@ -270,30 +347,38 @@ impl Volume {
         seal::finish(&self.dirs, sealed.number, base, layer)?;
         let info = seal::read_manifest(&self.dirs.layers, layer)?.image;
         *self.base.lock() = Base { layer, info };
-        turn.unfinished = None;
-        self.core.previous_is_synced();
+        self.core.is_on_disk(sealed);
         tracing::info!(%layer, upper = sealed.number + 1, "volume sealed");
         Ok(())
     }
 
-    /// The newest sealed layer below the upper.
+    /// The newest complete layer below the upper.
     pub fn base(&self) -> LayerId {
         self.base.lock().layer
     }
 
-    /// Whether anything was written since the last seal (in the volume or in its WAL).
+    /// Whether anything was written (in the volume or in its WAL) that is in no complete layer.
     pub fn is_dirty(&self) -> bool {
-        let (upper, previous) = self.core.uppers();
-        if upper.is_dirty() || previous.is_some() {
+        !self.pending.lock().is_empty() || self.has_changed()
+    }
+
+    /// Whether anything was written since the last seal.
+    fn has_changed(&self) -> bool {
+        if self.core.uppers().0.is_dirty() {
             return true;
         }
-        let base = *self.base.lock();
-        let layer = self.dirs.layers.join(base.layer.to_string());
         // Better a seal too many than a commit that is in no layer.
-        wal::changed_since(&self.dirs.wal(), &layer.join("wal"), &base.info).unwrap_or_else(|error| {
+        self.has_new_wal().unwrap_or_else(|error| {
             tracing::warn!(%error, "WAL cannot be compared with what was sealed");
             true
         })
+    }
+
+    fn has_new_wal(&self) -> Result<bool> {
+        self.finish_seals()?;
+        let base = *self.base.lock();
+        let layer = self.dirs.layers.join(base.layer.to_string());
+        wal::changed_since(&self.dirs.wal(), &layer.join("wal"), &base.info)
     }
 }
 

@@ -1,17 +1,20 @@
 //! Turning an upper into a layer, while Postgres goes on writing into the next one.
 //!
 //! ```text
-//! 1  hold the WAL there is                                       nothing has happened yet
+//! 1  hold the WAL there is, and roles.json                       nothing has happened yet
 //! 2  make uppers/<n+1>, synced; its journal names the new layer
-//! 3  append Seal to the journal of uppers/<n>, switch            writers wait for this: one write
-//! 4  hold the WAL again
+//! 3  append WalEnd and Seal to the journal of uppers/<n>, switch writers wait for this: a few small reads and writes
+//! 4  hold the WAL again; sync the journal of uppers/<n>          whoever asked for the seal is answered
 //! 5  sync uppers/<n>; write wal/ and manifest into it, synced
 //! 6  rename uppers/<n> to layers/<layer id>                      the layer exists, whole
 //! 7  volume.json names the layer and uppers/<n+1>
 //! ```
 //!
+//! Steps 5 to 7 are done in the background, for one seal after the other; there may be more of them waiting.
+//!
 //! **Crash**: before 3 is on disk, the seal did not happen: `uppers/<n>` is the upper, `uppers/<n+1>` is deleted. After
-//! it, [`finish`] does 5 to 7 (again) when the volume is opened. Each of them can be done any number of times.
+//! it, [`finish`] does 5 to 7 (again) when the volume is opened. Each of them can be done any number of times. What the
+//! layer holds was settled by 3: the WAL is cut where it ended then, whenever it is copied.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -22,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::VolumeDirs;
 use super::image::Image;
-use super::journal::Contents;
+use super::journal::{Contents, Record};
 use super::slots::{Slots, open_dir};
 use super::upper::{dir_of, remove_dir, sync_dir};
 use super::wal;
@@ -32,7 +35,10 @@ use crate::layer::{ImageInfo, Manifest};
 /// The format of `volume.json`, of `uppers/` and of the journals in it.
 const FORMAT: u32 = 1;
 
-/// `volume.json`: what a volume is made of. At most one seal behind.
+/// The roles of a branch's Postgres, beside its volume and in its layers.
+pub(super) const ROLES: &str = "roles.json";
+
+/// `volume.json`: what a volume is made of. At most a few seals behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct State {
@@ -106,6 +112,17 @@ pub(super) fn hold_wal(dirs: &VolumeDirs, upper: u64, base: &ImageInfo) -> Resul
     wal::hold(&wal, &dir_of(&dirs.branch, upper).join("hold"), base)
 }
 
+/// Holds the roles that go with the image which is being sealed.
+pub(super) fn hold_roles(dirs: &VolumeDirs, upper: u64) -> Result<()> {
+    let (roles, hold) = (dirs.branch.join(ROLES), dir_of(&dirs.branch, upper).join("hold"));
+    fs::create_dir_all(&hold).on("create", &hold)?;
+    // It is only ever replaced, never written to.
+    match fs::hard_link(&roles, hold.join(ROLES)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        linked => linked.on("link", &roles),
+    }
+}
+
 /// Makes an upper whose journal ends with its seal, and which is synced, into a layer. See the steps above.
 pub(super) fn finish(dirs: &VolumeDirs, upper: u64, base: LayerId, layer: LayerId) -> Result<()> {
     let dir = dir_of(&dirs.branch, upper);
@@ -121,20 +138,29 @@ pub(super) fn finish(dirs: &VolumeDirs, upper: u64, base: LayerId, layer: LayerI
 
 /// Adds to an upper what a layer has besides.
 fn complete(dirs: &VolumeDirs, dir: &Path, base: LayerId, layer: LayerId) -> Result<()> {
+    if dir.join("manifest").exists() && !dir.join("hold").exists() {
+        return Ok(());
+    }
     let contents = super::journal::read(&dir.join("journal"))?;
     let (image, slots) = load(dirs, dir, base, &contents)?;
     let info = image.info(&slots)?;
-    let (wal_dir, hold) = (dir.join("wal"), dir.join("hold"));
+    let (wal_dir, hold, of_branch) = (dir.join("wal"), dir.join("hold"), dirs.branch.join(ROLES));
     if image.has_control() {
         // What a crash kept from being held.
         hold_wal(dirs, contents.header.upper, &info)?;
-        wal::capture(&hold, &wal_dir, &info)?;
+        let end = match contents.records.as_slice() {
+            [.., Record::WalEnd(end), Record::Seal { .. }] => Some(end),
+            _ => None,
+        };
+        wal::capture(&hold, &wal_dir, &info, end)?;
     } else {
         fs::create_dir_all(&wal_dir).on("create", &wal_dir)?;
     }
-    copy_if_there(&dirs.branch.join("roles.json"), &dir.join("roles.json"))?;
-    remove_dir(&hold)?;
-    write_whole(&dir.join("manifest"), &image.manifest(layer, info).encode())
+    let held = hold.join(ROLES);
+    copy_if_there(if held.exists() { &held } else { &of_branch }, &dir.join(ROLES))?;
+    write_whole(&dir.join("manifest"), &image.manifest(layer, info).encode())?;
+    // Not before all is made of it: a crash in between must find it again.
+    remove_dir(&hold)
 }
 
 /// The image that an upper and the layer below it come to. Slots end with the upper's.

@@ -169,7 +169,7 @@ impl Tree {
             Record::Rename { from, from_name, to, to_name } => self.check_rename(*from, from_name, *to, to_name),
             Record::Mode { ino, .. } => self.entries.get(ino).map(drop).ok_or(Errno::NOENT),
             // A truncated file may have lost its name already.
-            Record::Truncate { .. } | Record::Seal { .. } => Ok(()),
+            Record::Truncate { .. } | Record::WalEnd(_) | Record::Seal { .. } => Ok(()),
         }
     }
 
@@ -234,7 +234,7 @@ impl Tree {
                 self.entries.get_mut(ino).expect("checked above").mode = *mode;
                 None
             }
-            Record::Truncate { .. } | Record::Seal { .. } => None,
+            Record::Truncate { .. } | Record::WalEnd(_) | Record::Seal { .. } => None,
         })
     }
 

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::image::{next_data, read_up_to};
+use super::journal::WalEnd;
 use super::upper::{remove_dir, sync_dir};
 use crate::error::{Error, LocalContext, Result};
 use crate::layer::{BLOCK_BYTES, ImageInfo, is_zero, wal_files_in};
@@ -64,21 +65,62 @@ fn is_history(name: &str) -> bool {
     name.len() == 16 && name.ends_with(".history")
 }
 
-/// Fills `into`, anew, with the WAL that starting on the image needs: from its redo point on, whatever is held.
+/// Where the WAL ends now: `None` if there is none. A handful of small reads from what was written last.
+///
+/// Postgres writes WAL in order, page by page; a page that another follows is not written to again. (After a crash it
+/// may lie over pages of a former end, until the new one has gone past it. Then the end found here is that former one.)
+pub(super) fn end(wal: &Path, image: &ImageInfo) -> Result<Option<WalEnd>> {
+    for (segment, path) in segments_in(wal, image)?.into_iter().rev() {
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file.on("open", &path)?,
+        };
+        let pages = pages_begun(&file, &segment);
+        if let Some(last) = pages.checked_sub(1) {
+            let mut page = vec![0; PAGE_BYTES as usize];
+            read_up_to(&file, &mut page, last * PAGE_BYTES).on("read", &path)?;
+            return Ok(Some(WalEnd { segment: segment.number, pages: last as u32, page }));
+        }
+    }
+    Ok(None)
+}
+
+/// How many pages of a segment were begun, by halving.
+fn pages_begun(file: &File, segment: &WalSegment) -> u64 {
+    let (mut begun, mut not) = (0, u64::from(segment.segment_bytes) / PAGE_BYTES + 1);
+    while not - begun > 1 {
+        let middle = begun + (not - begun) / 2;
+        match page_header(file, segment, middle - 1) {
+            Some(_) => begun = middle,
+            None => not = middle,
+        }
+    }
+    begun
+}
+
+/// Fills `into`, anew, with the WAL that starting on the image needs: from its redo point to `end`, or as far as is
+/// held if that is not known.
 ///
 /// # Errors
 /// `Corrupt` when there is a gap.
-pub(super) fn capture(hold: &Path, into: &Path, image: &ImageInfo) -> Result<()> {
+pub(super) fn capture(hold: &Path, into: &Path, image: &ImageInfo, end: Option<&WalEnd>) -> Result<()> {
     remove_dir(into)?;
     fs::create_dir_all(into).on("create", into)?;
     let mut held = segments_in(hold, image)?;
     held.retain(|segment, path| *segment >= first_segment(image) && has_begun(path, segment));
+    if let Some(end) = end {
+        held.retain(|segment, _| segment.number <= end.segment);
+    }
     let mut expected = first_segment(image);
     for (segment, path) in &held {
         if *segment != expected {
             break;
         }
-        give(path, &into.join(segment.file_name()), image, held.get(&segment.next()), segment)?;
+        let copy = into.join(segment.file_name());
+        match end.filter(|end| end.segment == segment.number) {
+            Some(end) => copy_until(path, &copy, image, end)?,
+            None => give(path, &copy, image, held.get(&segment.next()), segment)?,
+        }
         expected = segment.next();
     }
     let last = held.keys().next_back();
@@ -143,7 +185,15 @@ fn give(from: &Path, to: &Path, image: &ImageInfo, next: Option<&PathBuf>, segme
             Err(errno) => return Err(errno).on("link", to),
         }
     }
-    copy_sparse(from, to, u64::from(image.wal_segment_bytes))
+    let size = u64::from(image.wal_segment_bytes);
+    copy_sparse(from, to, size, size)?.sync_all().on("sync", to)
+}
+
+/// Copies a segment as it was when WAL ended there.
+fn copy_until(from: &Path, to: &Path, image: &ImageInfo, end: &WalEnd) -> Result<()> {
+    let until = u64::from(end.pages) * PAGE_BYTES;
+    let copy = copy_sparse(from, to, u64::from(image.wal_segment_bytes), until)?;
+    copy.write_all_at(&end.page, until).and_then(|()| copy.sync_all()).on("write", to)
 }
 
 fn give_history(from: &Path, to: &Path) -> Result<()> {
@@ -155,16 +205,16 @@ fn give_history(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies what is not zeroes, as it is at this moment, and syncs the copy.
+/// Copies what is not zeroes below `until`, as it is at this moment, into a file of `size` bytes.
 ///
 /// Postgres may be appending. What it wrote before is copied whole; the page it is writing may be copied half, as a
 /// power cut might leave it, and recovery ends before it.
-fn copy_sparse(from: &Path, to: &Path, size: u64) -> Result<()> {
+fn copy_sparse(from: &Path, to: &Path, size: u64, until: u64) -> Result<File> {
     let source = File::open(from).on("open", from)?;
     let copy = File::create(to).on("create", to)?;
     copy.set_len(size).on("write", to)?;
     let mut page = vec![0; BLOCK_BYTES as usize];
-    let length = source.metadata().on("read", from)?.len().min(size);
+    let length = source.metadata().on("read", from)?.len().min(until);
     let mut at = 0;
     while let Some((start, end)) = next_data(&source, at, length).on("read", from)? {
         at = start - start % BLOCK_BYTES;
@@ -178,7 +228,7 @@ fn copy_sparse(from: &Path, to: &Path, size: u64) -> Result<()> {
             at += BLOCK_BYTES;
         }
     }
-    copy.sync_all().on("sync", to)
+    Ok(copy)
 }
 
 /// The header of a page of WAL.
@@ -307,7 +357,7 @@ mod tests {
         /// Holds and captures; answers the names captured.
         fn capture(&self, image: &ImageInfo) -> Result<Vec<String>> {
             hold(&self.at("wal"), &self.at("hold"), image)?;
-            capture(&self.at("hold"), &self.at("layer"), image)?;
+            capture(&self.at("hold"), &self.at("layer"), image, None)?;
             Ok(wal_files_in(&self.at("layer"))?.into_iter().map(|(name, _)| name).collect())
         }
     }
@@ -333,7 +383,7 @@ mod tests {
         assert!(page_header(&page, &segment(6), 8).is_some() && page_header(&page, &segment(6), 9).is_none());
         // What Postgres deletes meanwhile is still there.
         fs::remove_file(wal.join(segment(5).file_name())).unwrap();
-        capture(&dirs.at("hold"), &dirs.at("layer"), &image(5 * u64::from(SEGMENT))).unwrap();
+        capture(&dirs.at("hold"), &dirs.at("layer"), &image(5 * u64::from(SEGMENT)), None).unwrap();
     }
 
     #[test]
@@ -353,6 +403,37 @@ mod tests {
         check(3, 8152 + 8168, true);
         check(3, 8152 + 8169, false);
         check(128, 2 << 20, false);
+    }
+
+    #[test]
+    fn what_comes_after_the_end_is_not_captured() {
+        let dirs = Dirs::new();
+        let (wal, image) = (dirs.at("wal"), image(4 * u64::from(SEGMENT) + 40));
+        assert_eq!(end(&wal, &image).unwrap(), None);
+        for pages in [1, 2, 5, 127, 128] {
+            write(&wal, 4, 128, 0);
+            write(&wal, 5, pages, 0);
+            write(&wal, 6, 0, 0);
+            let found = end(&wal, &image).unwrap().unwrap();
+            assert_eq!((found.segment, u64::from(found.pages)), (5, pages - 1));
+            hold(&wal, &dirs.at("hold"), &image).unwrap();
+            capture(&dirs.at("hold"), &dirs.at("then"), &image, Some(&found)).unwrap();
+            // Postgres goes on: in the same page, the same segment, the next one.
+            let file = File::options().write(true).open(wal.join(segment(5).file_name())).unwrap();
+            file.write_all_at(&[1; 50], (pages - 1) * PAGE_BYTES + 4000).unwrap();
+            write(&wal, 5, 128, 0);
+            write(&wal, 6, 3, 0);
+            hold(&wal, &dirs.at("hold"), &image).unwrap();
+            capture(&dirs.at("hold"), &dirs.at("later"), &image, Some(&found)).unwrap();
+            let read = |name: &str, number| fs::read(dirs.at(name).join(segment(number).file_name())).unwrap();
+            assert_eq!(wal_files_in(&dirs.at("later")).unwrap().len(), 2);
+            assert!((4..=5).all(|number| read("then", number) == read("later", number)), "{pages} pages");
+            assert_eq!(end(&dirs.at("later"), &image).unwrap().unwrap(), found);
+            for name in ["wal", "hold"] {
+                remove_dir(&dirs.at(name)).unwrap();
+                fs::create_dir(dirs.at(name)).unwrap();
+            }
+        }
     }
 
     #[test]

@@ -203,7 +203,7 @@ fn switched(node: &Node, volume: &Volume, ino: Ino) -> LayerId {
     volume.core.write(ino, 0, &[2; BLOCK as usize]).unwrap();
     let header = Header { upper: 2, base: layer };
     let next = Upper::create(&node.dirs(0).branch, header, volume.core.slots.len()).unwrap();
-    volume.core.switch(next, &Record::Seal { layer }).unwrap();
+    volume.core.switch(next, || Ok(vec![Record::Seal { layer }])).unwrap();
     volume.core.write(ino, BLOCK, &[3; BLOCK as usize]).unwrap();
     layer
 }
@@ -256,7 +256,7 @@ fn a_seal_whose_record_was_lost_did_not_happen() {
 fn a_sync_after_a_seal_brings_the_seal_to_disk_too() {
     let (node, volume, ino) = with_table();
     switched(&node, &volume, ino);
-    let previous = volume.core.uppers().1.unwrap();
+    let previous = volume.core.uppers().1.remove(0);
     let end = length(&upper_dir(&node, 1).join("journal"));
     assert!(!previous.journal.is_synced(end));
     volume.core.sync_file(ino).unwrap();
