@@ -99,6 +99,55 @@ pub enum Command {
         #[command(flatten)]
         key: IdempotencyKey,
     },
+    /// Tell what keeps an object of the bucket, or which rule lets it go
+    #[command(after_help = "\
+Examples:
+  ebb why ly_01a1fd5db455746c8a608f5495f9f539
+  ebb why layers/ly_01a1fd5db455746c8a608f5495f9f539 --json")]
+    Why {
+        /// The key of an object, the identifier of a layer, or the hash of an artifact
+        object: String,
+    },
+    /// Delete what nothing needs any more, and has not for the grace period; `ebb serve` does so by itself
+    #[command(after_help = "\
+Examples:
+  ebb collect --dry-run
+  ebb collect")]
+    Collect {
+        /// Only tell what would be done, and why
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Check a bucket, or the data directory of a stopped node, or both against each other; needs no server
+    #[command(after_help = FSCK_HELP)]
+    Fsck(FsckArgs),
+}
+
+const FSCK_HELP: &str = "\
+Examples:
+  ebb fsck --bucket /mnt/bucket
+  ebb fsck --data .ebb --bucket .ebb/bucket --repair
+
+A bucket is only read, and may be in use; a data directory must not be.
+
+Exit codes:
+  0  nothing was found, or all of it was repaired
+  1  something was found
+  2  it could not be checked";
+
+/// `ebb fsck …`
+#[derive(Debug, ClapArgs)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+pub struct FsckArgs {
+    /// The bucket: a directory path, or a URL as `ebb serve` takes it
+    #[arg(long, value_name = "URL", group = "what")]
+    pub bucket: Option<String>,
+    /// The data directory of a node whose server does not run
+    #[arg(long, value_name = "DIR", group = "what")]
+    pub data: Option<PathBuf>,
+    /// Do what is safe: delete leftovers, fetch again or upload layers of which one side has a whole copy
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// A key under which a repeated request answers the first result again.
@@ -157,6 +206,12 @@ pub struct ServeArgs {
     /// Bytes that must stay free on the disk of DATA; work is refused below [default: 64 MiB]
     #[arg(long, value_name = "N", env = "EBB_MIN_FREE_BYTES", hide_env_values = true)]
     pub min_free_bytes: Option<u64>,
+    /// How long an object that nothing needs any more stays in the bucket [default: 7 days]
+    #[arg(long, value_name = "TIME", env = "EBB_COLLECT_GRACE", hide_env_values = true)]
+    pub collect_grace: Option<String>,
+    /// Time between two rounds of deleting such objects [default: 1h]
+    #[arg(long, value_name = "TIME", env = "EBB_COLLECT_INTERVAL", hide_env_values = true)]
+    pub collect_interval: Option<String>,
     /// Settings in a TOML file; options given here win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     let done = match args.command {
         Command::Serve(serve) => serve::run(&serve),
         Command::Config(config) => serve::print_config(config, output),
+        Command::Fsck(args) => return commands::fsck::run(&args, output),
         command => commands::run(command, &args.api, output),
     };
     match done {

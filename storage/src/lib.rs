@@ -8,6 +8,7 @@
 
 mod blocking;
 pub mod error;
+pub mod fsck;
 pub mod layer;
 pub mod log;
 pub mod node;

@@ -24,6 +24,10 @@ use crate::object_store::Bucket;
 
 mod export;
 mod import;
+mod keep;
+
+pub(crate) use keep::names_in;
+pub use keep::{local_branches, upper_bytes, volume_bases};
 
 /// LIMIT: layers fetched at once for one image; each has two reads of 8 MiB in memory.
 const PARALLEL_FETCHES: usize = 4;
@@ -253,7 +257,7 @@ impl Drop for Scratch {
     }
 }
 
-fn read_manifest(layer: LayerId, dir: &Path) -> Result<Manifest> {
+pub(crate) fn read_manifest(layer: LayerId, dir: &Path) -> Result<Manifest> {
     let path = dir.join("manifest");
     match fs::read(&path) {
         Ok(bytes) => Manifest::decode(&format!("manifest {path:?}"), &bytes),
@@ -270,19 +274,20 @@ fn remove_leftovers(layers_dir: &Path) -> Result<()> {
     };
     for entry in entries {
         let entry = entry.on("list", layers_dir)?;
-        let name = entry.file_name();
-        let is_ours = [".fetch-", ".import-", ".pack-", ".remove-"]
-            .iter()
-            .any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()));
-        if is_ours {
+        if entry.file_name().to_str().is_some_and(is_leftover) {
             remove_any(&entry.path()).on("remove", &entry.path())?;
         }
     }
     Ok(())
 }
 
+/// Whether a name in `layers/` is that of something half made.
+pub(crate) fn is_leftover(name: &str) -> bool {
+    [".fetch-", ".import-", ".pack-", ".remove-"].iter().any(|prefix| name.starts_with(prefix))
+}
+
 /// Removes a file or a directory with all that is in it, if it is there.
-fn remove_any(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_any(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),

@@ -5,13 +5,17 @@
 //! do not count. On the node an artifact is `artifacts/<name>/`, its files read-only; in the bucket it is one object
 //! `artifacts/<name>`, a zstd-compressed tar. Whatever is read back is named again before it is used.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ebb_storage::object_store::Bucket;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::error::LocalContext as _;
 use crate::{Error, Refusal, Result, files};
@@ -27,6 +31,16 @@ const ZSTD_LEVEL: i32 = 3;
 pub struct Artifacts {
     dir: PathBuf,
     bucket: Bucket,
+    /// By name: held for reading by whoever takes an artifact in, for writing by whoever deletes it.
+    uses: Arc<Mutex<HashMap<String, Arc<RwLock<()>>>>>,
+}
+
+/// An artifact that was taken in: in the bucket, and safe from collection as long as this lives.
+#[derive(Debug)]
+pub struct Taken {
+    /// Its name.
+    pub name: String,
+    _use: OwnedRwLockReadGuard<()>,
 }
 
 /// One migration of an artifact.
@@ -50,7 +64,24 @@ enum Item {
 impl Artifacts {
     /// Artifacts below a data directory.
     pub fn new(data_dir: &Path, bucket: Bucket) -> Self {
-        Self { dir: data_dir.join("artifacts"), bucket }
+        Self { dir: data_dir.join("artifacts"), bucket, uses: Arc::default() }
+    }
+
+    fn uses_of(&self, name: &str) -> Arc<RwLock<()>> {
+        let mut uses = self.uses.lock();
+        uses.retain(|_, lock| Arc::strong_count(lock) > 1);
+        uses.entry(name.to_owned()).or_default().clone()
+    }
+
+    /// The right to delete an artifact, unless somebody is taking it in. Whoever wants to waits until this is dropped.
+    pub fn try_exclude(&self, name: &str) -> Option<OwnedRwLockWriteGuard<()>> {
+        self.uses_of(name).try_write_owned().ok()
+    }
+
+    /// Removes this node's copy of an artifact.
+    pub async fn remove_local(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        blocking(move || files::remove_dir(&path)).await
     }
 
     /// Where an artifact is on this node, once it is there.
@@ -62,9 +93,16 @@ impl Artifacts {
     ///
     /// # Errors
     /// `Invalid` if it is no directory, too large, or holds something that is no file, directory or symlink.
-    pub async fn take(&self, source: &Path) -> Result<String> {
-        let (this, source) = (self.clone(), source.to_owned());
-        let name = blocking(move || this.copy_in(&source)).await?;
+    pub async fn take(&self, source: &Path) -> Result<Taken> {
+        let (name, held) = loop {
+            let (this, source) = (self.clone(), source.to_owned());
+            let name = blocking(move || this.copy_in(&source)).await?;
+            let held = self.uses_of(&name).read_owned().await;
+            // The copy may have been collected just before it was held.
+            if self.path(&name).is_dir() {
+                break (name, held);
+            }
+        };
         let key = object_key(&name);
         if self.bucket.head(&key).await?.is_none() {
             let (this, packed_name) = (self.clone(), name.clone());
@@ -73,7 +111,7 @@ impl Artifacts {
             files::remove_file(&packed)?;
             stored?;
         }
-        Ok(name)
+        Ok(Taken { name, _use: held })
     }
 
     /// Makes an artifact present on this node.
@@ -180,6 +218,45 @@ impl Artifacts {
     }
 }
 
+/// The name that the content of an artifact's object has, read without unpacking it to disk.
+///
+/// # Errors
+/// If it is not a packed artifact.
+pub fn name_of_packed(packed: &[u8]) -> std::io::Result<String> {
+    let mut archive = tar::Archive::new(zstd::Decoder::new(packed)?);
+    let mut items = Vec::new();
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let path = entry.path_bytes().into_owned();
+        let path = path.strip_prefix(b"./").unwrap_or(&path);
+        let path = path.strip_suffix(b"/").unwrap_or(path).to_vec();
+        if path.is_empty() || path == b"." {
+            continue;
+        }
+        let kind = entry.header().entry_type();
+        let item = if kind.is_dir() {
+            Item::Directory
+        } else if kind.is_symlink() {
+            Item::Symlink { target: entry.link_name_bytes().unwrap_or_default().into_owned() }
+        } else {
+            let executable = entry.header().mode()? & 0o111 != 0;
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(&mut entry)?;
+            Item::File { executable, content: hasher.finalize() }
+        };
+        items.push((path, item));
+    }
+    Ok(name_of_items(items))
+}
+
+/// The name that the content of a directory has.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn name_of_directory(dir: &Path) -> Result<String> {
+    name_of(dir)
+}
+
 fn object_key(name: &str) -> String {
     format!("artifacts/{name}")
 }
@@ -239,6 +316,10 @@ fn is_executable(found: &fs::Metadata) -> bool {
 fn name_of(dir: &Path) -> Result<String> {
     let mut items = Vec::new();
     collect(dir, &mut Vec::new(), &mut items)?;
+    Ok(name_of_items(items))
+}
+
+fn name_of_items(mut items: Vec<(Vec<u8>, Item)>) -> String {
     items.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"ebb artifact 1\n");
@@ -261,7 +342,7 @@ fn name_of(dir: &Path) -> Result<String> {
             }
         }
     }
-    Ok(hasher.finalize().to_hex().to_string())
+    hasher.finalize().to_hex().to_string()
 }
 
 fn collect(dir: &Path, prefix: &mut Vec<u8>, items: &mut Vec<(Vec<u8>, Item)>) -> Result<()> {
@@ -342,19 +423,22 @@ mod tests {
         let artifacts = store(dir.path()).await;
         let source = dir.path().join("source");
         sample(&source);
-        let name = artifacts.take(&source).await.unwrap();
-        assert_eq!(artifacts.take(&source).await.unwrap(), name);
+        let name = artifacts.take(&source).await.unwrap().name;
+        assert_eq!(artifacts.take(&source).await.unwrap().name, name);
         let names: Vec<_> = artifacts.migrations(&name).await.unwrap().into_iter().map(|one| one.name).collect();
         assert_eq!(names, ["1.sql", "2.sql"]);
 
         files::remove_dir(&artifacts.path(&name)).unwrap();
+        let packed = artifacts.bucket.get(&object_key(&name)).await.unwrap();
+        assert_eq!(name_of_packed(&packed).unwrap(), name);
+        assert!(name_of_packed(&packed[..packed.len() / 2]).is_err());
         let back = artifacts.ensure_local(&name).await.unwrap();
         assert_eq!(name_of(&back).unwrap(), name);
         assert_eq!(fs::read_link(back.join("start")).unwrap(), Path::new("run.sh"));
         assert_eq!(fs::metadata(back.join("run.sh")).unwrap().permissions().mode() & 0o777, 0o555);
 
         fs::write(source.join("migrations/1.sql"), "select 3").unwrap();
-        assert_ne!(artifacts.take(&source).await.unwrap(), name);
+        assert_ne!(artifacts.take(&source).await.unwrap().name, name);
     }
 
     #[tokio::test]
@@ -365,7 +449,7 @@ mod tests {
         sample(&one);
         sample(&two);
         fs::write(two.join("run.sh"), "#!/bin/false\n").unwrap();
-        let (one, two) = (artifacts.take(&one).await.unwrap(), artifacts.take(&two).await.unwrap());
+        let (one, two) = (artifacts.take(&one).await.unwrap().name, artifacts.take(&two).await.unwrap().name);
         let other = artifacts.bucket.get(&object_key(&two)).await.unwrap();
         artifacts.bucket.put(&object_key(&one), other).await.unwrap();
         files::remove_dir(&artifacts.path(&one)).unwrap();

@@ -384,6 +384,26 @@ impl Plan {
         }
     }
 
+    /// The layer that a seal in one of its steps would make.
+    pub fn seals(&self) -> Option<LayerId> {
+        match self {
+            Plan::CreateBranch { seal, .. }
+            | Plan::CreateCheckpoint { seal, .. }
+            | Plan::Restore { seal, .. }
+            | Plan::Release { seal, .. }
+            | Plan::Rollback { seal, .. }
+            | Plan::Suspend { seal, .. }
+            | Plan::Export { seal, .. } => Some(*seal),
+            Plan::CreateProject { .. }
+            | Plan::DeleteProject { .. }
+            | Plan::ChangeBranch { .. }
+            | Plan::DeleteBranch { .. }
+            | Plan::DeleteCheckpoint { .. }
+            | Plan::Wake { .. }
+            | Plan::ShowUrl { .. } => None,
+        }
+    }
+
     /// What it is called in lists and messages.
     pub fn act(&self) -> &'static str {
         match self {

@@ -278,6 +278,19 @@ impl<F: Fold> Ledger<F> {
         if tail.unsure { self.catch_up(&mut tail).await } else { Ok(()) }
     }
 
+    /// Waits for an append under way, then takes in whatever others have appended. The state is then at least as new as
+    /// the bucket was when this was called.
+    ///
+    /// # Errors
+    /// If the bucket cannot be read, or an entry does not follow.
+    pub async fn refresh(&self) -> Result<Arc<F>> {
+        let mut tail = self.tail.lock().await;
+        if tail.unsure || self.log.get(tail.next).await?.is_some() {
+            self.catch_up(&mut tail).await?;
+        }
+        Ok(self.state())
+    }
+
     /// Reads the whole chain again from the bucket and checks it, also against what this process wrote last.
     ///
     /// # Errors

@@ -3,7 +3,8 @@
 //! [`Node`] is all that operations need of the machine they run on; [`LocalNode`] does it for real. Operations are
 //! tested over a node in memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -116,6 +117,28 @@ pub trait Node: Debug + Send + Sync + 'static {
 
     /// Bytes free for data on this machine.
     fn free_bytes(&self) -> Result<u64>;
+
+    /// The templates in the bucket, by Postgres major version. Waits until none is being made: the layer of one that was
+    /// begun before is answered, or was given up.
+    async fn templates(&self) -> Result<Vec<(u32, LayerId)>>;
+
+    /// The layers that are complete on this machine.
+    async fn local_layers(&self) -> Result<BTreeSet<LayerId>>;
+
+    /// The branches that this machine has anything of.
+    async fn local_branches(&self) -> Result<BTreeSet<BranchId>>;
+
+    /// The layers that the branch's volume lies on, or is about to: see [`ebb_storage::node::volume_bases`].
+    async fn volume_bases(&self, branch: BranchId) -> Result<BTreeSet<LayerId>>;
+
+    /// The whole chain of a layer, oldest first, wherever it can be read.
+    async fn whole_chain(&self, layer: LayerId) -> Result<Vec<LayerId>>;
+
+    /// Removes this machine's copy of a layer.
+    async fn remove_layer(&self, layer: LayerId) -> Result<()>;
+
+    /// Bytes that the branch's volume has on disk beyond its newest seal.
+    async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64>;
 }
 
 /// The machine this process runs on.
@@ -193,7 +216,7 @@ impl LocalNode {
     }
 
     async fn make_template(&self, pg_major: u32) -> Result<LayerId> {
-        let key = format!("templates/{pg_major}");
+        let key = template_key(pg_major);
         match self.bucket.get(&key).await {
             Ok(bytes) => return read_template(&key, &bytes),
             Err(ebb_storage::Error::NoSuchObject { .. }) => {}
@@ -455,9 +478,61 @@ impl Node for LocalNode {
         let found = rustix::fs::statvfs(&self.data_dir).map_err(std::io::Error::from).on("look at", &self.data_dir)?;
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
+
+    async fn templates(&self) -> Result<Vec<(u32, LayerId)>> {
+        let known = self.templates.lock().await;
+        let mut templates: BTreeMap<u32, LayerId> = known.iter().map(|(&major, &layer)| (major, layer)).collect();
+        // Every version is asked for by name, besides the listing: a template that a listing lacks must not be lost.
+        let listed = self.bucket.list("templates/", None).await?;
+        let listed = listed.iter().filter_map(|object| object.key.strip_prefix("templates/")?.parse().ok());
+        let majors: BTreeSet<u32> = listed.chain(ebb_storage::pg_files::PG_MAJORS).collect();
+        for major in majors {
+            if let Entry::Vacant(unknown) = templates.entry(major) {
+                let key = template_key(major);
+                match self.bucket.get(&key).await {
+                    Ok(bytes) => drop(unknown.insert(read_template(&key, &bytes)?)),
+                    Err(ebb_storage::Error::NoSuchObject { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(templates.into_iter().collect())
+    }
+
+    async fn local_layers(&self) -> Result<BTreeSet<LayerId>> {
+        Ok(self.store.local_layers().await?)
+    }
+
+    async fn local_branches(&self) -> Result<BTreeSet<BranchId>> {
+        let branches = self.data_dir.join("branches");
+        blocking("listing branches", move || Ok(ebb_storage::node::local_branches(&branches)?)).await
+    }
+
+    async fn volume_bases(&self, branch: BranchId) -> Result<BTreeSet<LayerId>> {
+        let dir = self.branch_dir(branch);
+        blocking("looking at a volume", move || Ok(ebb_storage::node::volume_bases(&dir)?)).await
+    }
+
+    async fn whole_chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        self.settle(layer).await?;
+        Ok(self.store.chain(layer).await?)
+    }
+
+    async fn remove_layer(&self, layer: LayerId) -> Result<()> {
+        Ok(self.store.remove_local(layer).await?)
+    }
+
+    async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
+        let dir = self.branch_dir(branch);
+        blocking("measuring a volume", move || Ok(ebb_storage::node::upper_bytes(&dir)?)).await
+    }
 }
 
-fn read_template(key: &str, bytes: &[u8]) -> Result<LayerId> {
+fn template_key(pg_major: u32) -> String {
+    format!("templates/{pg_major}")
+}
+
+pub(crate) fn read_template(key: &str, bytes: &[u8]) -> Result<LayerId> {
     let template: Template = serde_json::from_slice(bytes).map_err(|error| {
         Error::Storage(ebb_storage::Error::Corrupt { what: format!("object {key:?}"), why: error.to_string() })
     })?;

@@ -37,6 +37,8 @@ pub struct ProjectState {
     pub keys: VecDeque<KeyUse>,
     /// Rescue branches made so far, per branch: numbers are not used twice.
     pub rescues: BTreeMap<BranchId, u64>,
+    /// Branches that were deleted: what a node still has of them may go. 16 bytes each, for ever.
+    pub deleted_branches: BTreeSet<BranchId>,
 }
 
 /// What never changes about a project.
@@ -326,6 +328,7 @@ impl ProjectState {
             Event::BranchDeleted { branch } => {
                 self.branches.remove(branch).ok_or_else(|| format!("there is no branch {branch}"))?;
                 self.rescues.remove(branch);
+                self.deleted_branches.insert(*branch);
             }
             Event::CheckpointCreated { branch, name, layer, lsn, next_xid } => {
                 let branch = self.branch_mut(*branch)?;

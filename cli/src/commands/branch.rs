@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ebb_timeline::api::types::{
     Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
-    Exported, RestoreBranch, Restored,
+    Exported, RestoreBranch, Restored, Stored,
 };
 use ebb_types::{BranchRef, Point, PointRef};
 
@@ -77,7 +77,22 @@ fn branch_facts(branch: Branch) -> String {
         ("created", seconds(branch.created_at)),
         ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
         ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
+        ("stored", branch.stored.as_ref().map(stored).unwrap_or_default()),
     ])
+}
+
+/// What a branch or project stores, in one line.
+pub fn stored(stored: &Stored) -> String {
+    let mut text = format!("{} own, {} shared", bytes(stored.own_bytes), bytes(stored.shared_bytes));
+    if stored.unsealed_bytes > 0 {
+        text.push_str(&format!(", {} not sealed yet", bytes(stored.unsealed_bytes)));
+    }
+    match stored.waiting_layers {
+        0 => {}
+        1 => text.push_str(", 1 layer not in the bucket yet"),
+        many => text.push_str(&format!(", {many} layers not in the bucket yet")),
+    }
+    text
 }
 
 fn parent(branch: &Branch) -> String {
@@ -183,5 +198,11 @@ mod tests {
         suspends after  300s
         kept until      2026-12-21 06:00:00Z
         ");
+        let stored = serde_json::json!({"stored": {
+            "own_bytes": 2048, "shared_bytes": 5 << 20, "unsealed_bytes": 8192, "waiting_layers": 2,
+        }});
+        let shown = branch_facts(branch("prod", stored));
+        let last = shown.lines().last().unwrap();
+        insta::assert_snapshot!(last, @"stored          2.0 KiB own, 5.0 MiB shared, 8.0 KiB not sealed yet, 2 layers not in the bucket yet");
     }
 }

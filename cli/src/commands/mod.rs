@@ -1,7 +1,10 @@
-//! The commands that talk to the API: one request, then what came back, for people or for programs.
+//! The commands that talk to the API: one request, then what came back, for people or for programs. And `fsck`, which
+//! needs no server.
 
 mod branch;
+mod collect;
 mod compute;
+pub mod fsck;
 mod project;
 mod psql;
 mod release;
@@ -31,7 +34,9 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
         Command::Ledger(command) => project::run_ledger(&to, command),
         Command::Export { from, dir, key } => branch::export(&to, &from, &dir, &key),
-        Command::Serve(_) | Command::Config(_) => unreachable!("main runs these itself"),
+        Command::Why { object } => collect::why(&to, &object),
+        Command::Collect { dry_run } => collect::run(&to, dry_run),
+        Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),
     }
 }
 

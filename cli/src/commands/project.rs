@@ -5,7 +5,7 @@ use ebb_types::ErrorKind;
 
 use super::{Session, absolute};
 use crate::args::{LedgerCommand, ProjectCommand};
-use crate::commands::branch::branch_table;
+use crate::commands::branch::{branch_table, stored};
 use crate::failure::Failure;
 use crate::output::{facts, table};
 
@@ -37,6 +37,7 @@ pub fn run(to: &Session, command: ProjectCommand) -> Result<(), Failure> {
                 ("created", seconds(view.created_at)),
                 ("current", view.current.display().to_string()),
                 ("releases", view.releases.to_string()),
+                ("stored", view.stored.as_ref().map(stored).unwrap_or_default()),
             ]);
             format!("{about}\n{}", branch_table(view.branches))
         }),

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ebb_timeline::CollectPolicy;
 use ebb_timeline::service::MIN_FREE_BYTES;
 use ebb_types::{ErrorKind, ProjectName};
 use serde::Serialize;
@@ -14,8 +15,21 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 8] =
-    ["data", "bucket", "listen", "api-listen", "public-host", "domain", "idle-suspend", "min-free-bytes"];
+const KEYS: [&str; 10] = [
+    "data",
+    "bucket",
+    "listen",
+    "api-listen",
+    "public-host",
+    "domain",
+    "idle-suspend",
+    "min-free-bytes",
+    "collect-grace",
+    "collect-interval",
+];
+
+/// LIMIT: every round asks the bucket for a listing and each ledger for news.
+const COLLECT_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 /// Effective settings. Their serialized form is a settings file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -38,6 +52,12 @@ pub struct Settings {
     pub idle_suspend: Duration,
     /// Bytes that must stay free on the disk of `data`; below, work is refused. Default 64 MiB.
     pub min_free_bytes: u64,
+    /// How long an object that nothing needs stays in the bucket. Default 7 days: time to notice a mistake.
+    #[serde(serialize_with = "as_text")]
+    pub collect_grace: Duration,
+    /// Time from one round of collection to the next. Default 1 hour; at least 1 second.
+    #[serde(serialize_with = "as_text")]
+    pub collect_interval: Duration,
     /// Makes this project if there is none at all.
     #[serde(skip)]
     pub first_project: Option<ProjectName>,
@@ -68,12 +88,18 @@ impl Settings {
         let domain = sources.text("domain", args.domain.clone());
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
+        let CollectPolicy { grace, interval } = CollectPolicy::default();
+        let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
+        let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
 
         if !api_listen.ip().is_loopback() {
             faults.push(format!(
                 "api-listen {api_listen} is reachable from other machines, and the API asks nobody who they are: \
                  use a loopback address, and a tunnel from elsewhere"
             ));
+        }
+        if collect_interval < COLLECT_INTERVAL_MIN {
+            faults.push("collect-interval: at least 1s is wanted".to_owned());
         }
         let idle_suspend = parse_duration(idle_suspend.as_deref().unwrap_or("5m")).unwrap_or_else(|fault| {
             faults.push(format!("idle-suspend: {fault}"));
@@ -92,6 +118,8 @@ impl Settings {
             domain: domain.unwrap_or_else(|| "localhost".to_owned()),
             idle_suspend,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
+            collect_grace,
+            collect_interval,
             first_project: args.first_project.clone(),
         })
     }
@@ -143,6 +171,14 @@ impl Sources<'_> {
                 None
             }
         }
+    }
+
+    fn time(&mut self, key: &str, option: Option<String>, default: Duration) -> Duration {
+        let Some(text) = self.text(key, option) else { return default };
+        parse_duration(&text).unwrap_or_else(|fault| {
+            self.faults.push(format!("{key}: {fault}"));
+            default
+        })
     }
 
     fn number(&mut self, key: &str, option: Option<u64>) -> Option<u64> {
@@ -203,6 +239,21 @@ mod tests {
         idle-suspend: want a text in quotes, not 5
         min-free-bytes: want a whole number of bytes, not -1
         api-listen 0.0.0.0:7432 is reachable from other machines, and the API asks nobody who they are: use a loopback address, and a tunnel from elsewhere
+        "#);
+    }
+
+    #[test]
+    fn collection_is_weekly_and_hourly_unless_told_otherwise() {
+        let day = Duration::from_secs(86_400);
+        let settings = read("data = \"/d\"", ServeArgs::default()).unwrap();
+        assert_eq!((settings.collect_grace, settings.collect_interval), (7 * day, day / 24));
+        let args = ServeArgs { collect_grace: Some("0s".into()), ..ServeArgs::default() };
+        let settings = read("collect-grace = \"48h\"\ncollect-interval = \"5m\"", args).unwrap();
+        assert_eq!((settings.collect_grace, settings.collect_interval), (Duration::ZERO, Duration::from_secs(300)));
+        let faults = read("collect-grace = \"soon\"\ncollect-interval = \"10ms\"", ServeArgs::default()).unwrap_err();
+        insta::assert_snapshot!(faults.join("\n"), @r#"
+        collect-grace: "soon" is not a length of time (want 30s, 5m or 1h)
+        collect-interval: at least 1s is wanted
         "#);
     }
 

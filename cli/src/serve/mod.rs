@@ -9,7 +9,7 @@
 mod adapters;
 mod checks;
 mod config;
-mod lock;
+pub mod lock;
 mod welcome;
 
 use std::future::IntoFuture as _;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebb_proxy::{Proxy, ProxyConfig};
-use ebb_timeline::{Service, ServiceConfig, api};
+use ebb_timeline::{CollectPolicy, Service, ServiceConfig, api};
 use ebb_types::{ErrorKind, Hint as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
@@ -196,6 +196,7 @@ fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, F
         proxy_domain: settings.domain.clone(),
         ca_pem: Some(proxy.ca_pem_path().to_owned()),
         min_free_bytes: settings.min_free_bytes,
+        collect: CollectPolicy { grace: settings.collect_grace, interval: settings.collect_interval },
     })
 }
 

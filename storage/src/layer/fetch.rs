@@ -63,25 +63,25 @@ pub(crate) async fn fetch(bucket: &Bucket, id: LayerId, into: &Path) -> Result<(
 }
 
 /// A layer's object.
-struct Source<'a> {
-    bucket: &'a Bucket,
-    id: LayerId,
-    object_bytes: u64,
+pub(super) struct Source<'a> {
+    pub bucket: &'a Bucket,
+    pub id: LayerId,
+    pub object_bytes: u64,
 }
 
 /// Neighbouring frames that are read together.
-struct Chunk {
+pub(super) struct Chunk {
     offset: u64,
     bytes: u64,
-    frames: Vec<Frame>,
+    pub frames: Vec<Frame>,
 }
 
 impl Source<'_> {
-    fn what(&self) -> String {
+    pub(super) fn what(&self) -> String {
         format!("object {:?}", object_key(self.id))
     }
 
-    fn corrupt(&self, why: String) -> Error {
+    pub(super) fn corrupt(&self, why: String) -> Error {
         Error::Corrupt { what: self.what(), why }
     }
 
@@ -89,12 +89,12 @@ impl Source<'_> {
         self.bucket.get_range(&object_key(self.id), offset..offset + bytes).await
     }
 
-    async fn header(&self) -> Result<()> {
+    pub(super) async fn header(&self) -> Result<()> {
         self.check_length()?;
         check_header(self.id, &self.read(0, HEADER_BYTES).await?).map_err(|why| self.corrupt(why))
     }
 
-    async fn footer(&self) -> Result<Footer> {
+    pub(super) async fn footer(&self) -> Result<Footer> {
         self.check_length()?;
         let bytes = self.read(self.object_bytes - FOOTER_BYTES, FOOTER_BYTES).await?;
         Footer::decode(self.id, self.object_bytes, &bytes).map_err(|why| self.corrupt(why))
@@ -107,12 +107,12 @@ impl Source<'_> {
         Ok(())
     }
 
-    async fn index(&self, footer: &Footer) -> Result<Index> {
+    pub(super) async fn index(&self, footer: &Footer) -> Result<Index> {
         let bytes = self.read(footer.index_offset, footer.index_bytes).await?;
         Index::decode(footer, &bytes).map_err(|why| self.corrupt(why))
     }
 
-    async fn manifest(&self, index: &Index) -> Result<Bytes> {
+    pub(super) async fn manifest(&self, index: &Index) -> Result<Bytes> {
         let mut offset = HEADER_BYTES;
         for frame in &index.frames {
             if frame.content == Content::Manifest {
@@ -125,7 +125,7 @@ impl Source<'_> {
         Err(self.corrupt("it has no manifest".to_owned()))
     }
 
-    async fn chunk(&self, chunk: Option<&Chunk>) -> Result<Bytes> {
+    pub(super) async fn chunk(&self, chunk: Option<&Chunk>) -> Result<Bytes> {
         match chunk {
             Some(chunk) => self.read(chunk.offset, chunk.bytes).await,
             None => Ok(Bytes::new()),
@@ -134,7 +134,7 @@ impl Source<'_> {
 }
 
 /// All frames but the manifest's, in reads of about [`CHUNK_BYTES`].
-fn chunks(index: &Index) -> Vec<Chunk> {
+pub(super) fn chunks(index: &Index) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     let mut offset = HEADER_BYTES;
     for frame in &index.frames {
@@ -153,7 +153,7 @@ fn chunks(index: &Index) -> Vec<Chunk> {
 }
 
 /// A page that the manifest does not place in this layer has no business in it.
-fn check_pieces(manifest: &Manifest, index: &Index) -> Result<(), String> {
+pub(super) fn check_pieces(manifest: &Manifest, index: &Index) -> Result<(), String> {
     let own_slot = manifest.own_slot();
     let runs: HashMap<Ino, &[Run]> = (manifest.inodes.iter())
         .filter_map(|inode| match &inode.kind {
@@ -189,7 +189,7 @@ fn holds(runs: &[Run], piece: &Piece, slot: u32) -> bool {
     false
 }
 
-fn check_frame(frame: &Frame, bytes: &[u8]) -> Result<(), String> {
+pub(super) fn check_frame(frame: &Frame, bytes: &[u8]) -> Result<(), String> {
     if blake3::hash(bytes) == frame.checksum {
         Ok(())
     } else {
@@ -314,7 +314,7 @@ impl Unpacker {
     }
 }
 
-fn data_path(layer_dir: &Path, ino: Ino) -> PathBuf {
+pub(super) fn data_path(layer_dir: &Path, ino: Ino) -> PathBuf {
     layer_dir.join("data").join(ino.to_string())
 }
 

@@ -23,10 +23,12 @@ mod fetch;
 mod format;
 mod manifest;
 mod pack;
+mod verify;
 
 pub(crate) use fetch::{fetch, object_key, packed_in, sync_file_system};
 pub(crate) use manifest::pages_of;
 pub(crate) use pack::{Packed, is_zero, pack, read_pages, wal_files_in};
+pub(crate) use verify::{compare, manifest_in, verify};
 
 use ebb_types::{LayerId, Lsn};
 

@@ -25,6 +25,7 @@
 //!
 //! Absent on purpose: hard links, extended attributes, special files, tablespaces outside.
 
+mod check;
 mod core;
 mod file;
 mod fuse;
@@ -62,6 +63,7 @@ use self::upper::{Upper, dir_of, remove_dir, sync_dir};
 use crate::error::{Error, LocalContext, Result};
 use crate::layer::ImageInfo;
 
+pub(crate) use self::check::{Fault, bases, look};
 pub use self::fuse::{Mount, MountOptions};
 
 /// The open volume of one branch. All methods block; none may be called from an async thread.

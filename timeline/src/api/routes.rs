@@ -57,6 +57,8 @@ fn done<T>(value: T) -> Answered<T> {
         verify_ledger,
         delete_project,
         rollback,
+        why_object,
+        collect,
     )
 )]
 pub(super) struct Description;
@@ -67,6 +69,14 @@ pub(super) struct Description;
 pub(super) struct Confirm {
     /// The project's name once more.
     confirm: Option<String>,
+}
+
+/// Query of `GET /v1/objects/why`.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Which {
+    /// The key of an object in the bucket, a layer's identifier, or an artifact's hash.
+    object: String,
 }
 
 /// How the service is.
@@ -282,4 +292,16 @@ pub(super) async fn rollback(
         return done(RollbackAnswer::Planned(service.plan_rollback(&project, &body.to).await?));
     }
     done(RollbackAnswer::Done(Box::new(service.rollback(&caller, &project, &body.to).await?.value)))
+}
+
+/// Tells what keeps an object of the bucket, or which rule lets it go.
+#[utoipa::path(get, path = "/v1/objects/why", params(Which), responses((status = 200, body = Why), (status = "default", body = Problem)))]
+pub(super) async fn why_object(State(service): Node, Query(query): Query<Which>) -> Answered<Why> {
+    done(service.why(&query.object).await?)
+}
+
+/// Runs one round of collection, or with `dry_run` only tells what it would do.
+#[utoipa::path(post, path = "/v1/collect", request_body = Collect, responses((status = 200, body = Collected), (status = "default", body = Problem)))]
+pub(super) async fn collect(State(service): Node, Act { caller, body }: Act<Collect>) -> Answered<Collected> {
+    done(service.collect(&caller, body.dry_run).await?)
 }

@@ -93,6 +93,22 @@ pub struct Project {
     pub branches: Vec<Branch>,
     /// How many releases it has.
     pub releases: u64,
+    /// What it stores; absent where that was not asked for, or cannot be told now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Stored>,
+}
+
+/// Bytes that a branch or a project stores.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stored {
+    /// In the bucket, packed, in layers that nothing else needs: what deleting it would free.
+    pub own_bytes: u64,
+    /// In the bucket, packed, in layers that others need as well.
+    pub shared_bytes: u64,
+    /// On this node's disk, beyond the newest seal.
+    pub unsealed_bytes: u64,
+    /// Layers that are not in the bucket yet, and in none of these sums.
+    pub waiting_layers: u64,
 }
 
 /// Answer to `GET /v1/projects/{p}/branches`.
@@ -133,6 +149,9 @@ pub struct Branch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub rescue_until: Option<Timestamp>,
+    /// What it stores; absent where that was not asked for, or cannot be told now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Stored>,
 }
 
 /// Where a branch comes from.
@@ -458,4 +477,107 @@ pub struct Problem {
     /// The kind, for programs.
     #[schema(value_type = String)]
     pub kind: ErrorKind,
+}
+
+/// Body of `POST /v1/collect`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Collect {
+    /// Only tell what would be done.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Answer to `POST /v1/collect`: what one round of collection did, or with `dry_run` would do.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Collected {
+    /// Whether nothing was changed.
+    pub dry_run: bool,
+    /// Objects that may be collected and are needed.
+    pub kept_objects: u64,
+    /// Their bytes.
+    pub kept_bytes: u64,
+    /// Objects that nothing needs since lately: they go after the grace period.
+    pub marked: Vec<Unkept>,
+    /// Objects that were marked, and are needed after all.
+    pub spared: Vec<String>,
+    /// Objects that are gone.
+    pub deleted: Vec<Unkept>,
+    /// Marked objects that wait for the end of their grace period.
+    pub waiting: Vec<Waiting>,
+    /// Layers removed from this node.
+    pub local_layers: u64,
+    /// Directories of deleted branches removed from this node.
+    pub local_branches: u64,
+}
+
+/// An object that nothing needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Unkept {
+    /// Its key.
+    pub object: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Why it may go.
+    pub why: String,
+}
+
+/// An object that nothing needs, and that is still there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Waiting {
+    /// Which, and why.
+    #[serde(flatten)]
+    pub object: Unkept,
+    /// Since when it is marked.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// When it may be deleted.
+    #[schema(value_type = String)]
+    pub until: Timestamp,
+}
+
+/// Answer to `GET /v1/objects/why`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Why {
+    /// The key of the object.
+    pub object: String,
+    /// How it stands.
+    pub verdict: Verdict,
+    /// Its size; absent if it is not in the bucket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// How many things keep it.
+    pub keepers: u64,
+    /// What keeps it, one line each; the first hundred.
+    pub kept_by: Vec<String>,
+    /// The rule by which it goes, or went.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+    /// Since when it is marked, or gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub since: Option<Timestamp>,
+    /// When it may be deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub until: Option<Timestamp>,
+}
+
+/// How an object stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Something needs it.
+    Kept,
+    /// Nothing needs it; it is marked, and goes after the grace period.
+    Marked,
+    /// Nothing needs it; a round of collection will mark it.
+    Unkept,
+    /// No ledger ever named it; a round of collection will mark it.
+    Orphan,
+    /// It was collected.
+    Deleted,
+    /// It is not in the bucket, and nothing is known of it.
+    #[default]
+    Unknown,
 }

@@ -83,3 +83,40 @@ async fn layers_are_uploaded_fetched_and_exported() {
     let missing = node.fetch(LayerId::generate()).await.unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::Corrupt);
 }
+
+#[tokio::test]
+async fn templates_are_told_only_when_none_is_being_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+    let node = LocalNode::new(dir.path().join("node"), "/nonexistent".into(), bucket.clone());
+    let layer = LayerId::generate();
+    // Its layer is in the bucket long before anything names it.
+    let making = node.templates.lock().await;
+    let mut told = std::pin::pin!(node.templates());
+    assert!(futures::poll!(&mut told).is_pending());
+    let template = Template { layer, version: "15.1".to_owned() };
+    bucket.put("templates/15", serde_json::to_vec(&template).unwrap().into()).await.unwrap();
+    drop(making);
+    assert_eq!(told.await.unwrap(), [(15, layer)]);
+    bucket.put("templates/16", "{".into()).await.unwrap();
+    assert!(node.templates().await.is_err(), "one that cannot be read keeps who knows what");
+}
+
+#[tokio::test]
+async fn what_a_node_has_of_volumes_and_layers_is_told() {
+    let machine = Machine::new().await;
+    let (node, line) = (&machine.node, machine.line(0));
+    assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::new());
+    node.ensure_volume(&line).await.unwrap();
+    assert_eq!(node.local_branches().await.unwrap(), BTreeSet::from([line.branch]));
+    assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::from([machine.base]));
+    assert_eq!(node.whole_chain(machine.base).await.unwrap(), [machine.base]);
+    assert_eq!(node.local_layers().await.unwrap(), BTreeSet::from([machine.base]));
+    assert_eq!(node.unsealed_bytes(line.branch).await.unwrap(), 0);
+    // From the bucket, once it is there and not here.
+    node.upload(machine.base).await.unwrap();
+    node.remove_layer(machine.base).await.unwrap();
+    assert_eq!(node.local_layers().await.unwrap(), BTreeSet::new());
+    assert_eq!(node.whole_chain(machine.base).await.unwrap(), [machine.base]);
+    assert!(node.whole_chain(LayerId::generate()).await.is_err());
+}

@@ -30,7 +30,9 @@ impl Service {
     /// If there is no such project.
     pub async fn branches(&self, project: &str) -> Result<Vec<api::Branch>> {
         let project = self.project(project)?;
-        self.branch_views(&project, &project.ledger.state())
+        let mut views = self.branch_views(&project, &project.ledger.state())?;
+        self.add_stored(&mut views).await;
+        Ok(views)
     }
 
     /// One branch.
@@ -41,7 +43,9 @@ impl Service {
         let project = self.project(project)?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;
-        self.branch_view(&project, &state, id)
+        let mut view = self.branch_view(&project, &state, id)?;
+        self.add_stored(std::slice::from_mut(&mut view)).await;
+        Ok(view)
     }
 
     /// Makes a branch from a point.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ebb_compute::control::Status;
 use ebb_storage::object_store::{self, Bucket};
-use ebb_types::{BranchId, LayerId, Lsn, SystemClock};
+use ebb_types::{BranchId, Clock, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +33,8 @@ pub struct World {
     /// A migration of this name fails.
     pub fail_migration: Option<String>,
     pub free_bytes: u64,
+    /// Where layers are uploaded to; `None` once they need not be found there.
+    pub bucket: Option<Bucket>,
 }
 
 #[derive(Debug)]
@@ -48,7 +50,7 @@ pub struct FakeVolume {
 #[derive(Debug, Clone)]
 pub struct FakeNode(pub Arc<Mutex<World>>);
 
-const TEMPLATE: LayerId = LayerId::for_test(7);
+pub const TEMPLATE: LayerId = LayerId::for_test(7);
 
 impl FakeNode {
     pub fn new() -> Self {
@@ -79,6 +81,27 @@ impl FakeNode {
     pub fn kill(&self, branch: BranchId) {
         let running = self.0.lock().volumes.get_mut(&branch).and_then(|volume| volume.running.take());
         running.expect("a running unit").cancel();
+    }
+
+    /// Makes a layer local, from the bucket if need be.
+    async fn bring(&self, layer: LayerId) -> Result<()> {
+        let bucket = {
+            let world = self.0.lock();
+            if world.layers.contains_key(&layer) {
+                return Ok(());
+            }
+            world.bucket.clone().expect("a bucket")
+        };
+        let bytes = match bucket.get(&format!("layers/{layer}")).await {
+            Err(ebb_storage::Error::NoSuchObject { .. }) => return Err(ebb_storage::Error::NoSuchLayer(layer).into()),
+            bytes => bytes?,
+        };
+        let found: (Vec<LayerId>, Rows) = serde_json::from_slice(&bytes).map_err(|error| {
+            let what = format!("layer {layer}");
+            Error::Storage(ebb_storage::Error::Corrupt { what, why: error.to_string() })
+        })?;
+        self.0.lock().layers.insert(layer, found);
+        Ok(())
     }
 
     pub fn is_running(&self, branch: BranchId) -> bool {
@@ -117,6 +140,7 @@ impl Node for FakeNode {
 
     async fn start(&self, start: &Start) -> Result<PathBuf> {
         tokio::task::yield_now().await;
+        self.fetch(start.data.head).await?;
         let mut world = self.0.lock();
         if std::mem::take(&mut world.fail_start) {
             return Err(ebb_compute::Error::Deadline("starting").into());
@@ -206,6 +230,7 @@ impl Node for FakeNode {
     }
 
     async fn roles(&self, data: &Line) -> Result<Option<Roles>> {
+        self.bring(data.head).await?;
         let world = self.0.lock();
         let of_volume = world.volumes.get(&data.branch).filter(|volume| volume.line == data.line);
         let rows = of_volume.map_or(&world.layers[&data.head].1, |volume| &volume.rows);
@@ -218,13 +243,15 @@ impl Node for FakeNode {
     }
 
     async fn fetch(&self, layer: LayerId) -> Result<()> {
-        match self.0.lock().layers.contains_key(&layer) {
-            true => Ok(()),
-            false => Err(ebb_storage::Error::NoSuchLayer(layer).into()),
+        self.bring(layer).await?;
+        for below in self.chain(layer).await? {
+            self.bring(below).await?;
         }
+        Ok(())
     }
 
     async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64> {
+        self.bring(layer).await?;
         let rows = self.0.lock().layers[&layer].1.clone();
         std::fs::create_dir_all(dir).unwrap();
         let text = rows.into_iter().collect::<Vec<_>>().join("\n");
@@ -233,15 +260,21 @@ impl Node for FakeNode {
     }
 
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
-        Ok(self.0.lock().layers[&layer].0.clone())
+        Ok(self.0.lock().layers.get(&layer).map(|(chain, _)| chain.clone()).unwrap_or_default())
     }
 
     async fn upload(&self, layer: LayerId) -> Result<()> {
-        let mut world = self.0.lock();
-        let chain = world.layers[&layer].0.clone();
-        let below = &chain[..chain.len() - 1];
-        assert!(below.iter().all(|below| world.uploaded.contains(below)), "a layer was uploaded before its chain");
-        world.uploaded.insert(layer);
+        let (bucket, bytes) = {
+            let world = self.0.lock();
+            let (chain, rows) = &world.layers[&layer];
+            let below = &chain[..chain.len() - 1];
+            assert!(below.iter().all(|below| world.uploaded.contains(below)), "a layer was uploaded before its chain");
+            (world.bucket.clone(), serde_json::to_vec(&(chain, rows)).unwrap())
+        };
+        if let Some(bucket) = bucket {
+            bucket.put(&format!("layers/{layer}"), bytes.into()).await?;
+        }
+        self.0.lock().uploaded.insert(layer);
         Ok(())
     }
 
@@ -251,6 +284,40 @@ impl Node for FakeNode {
 
     fn free_bytes(&self) -> Result<u64> {
         Ok(self.0.lock().free_bytes)
+    }
+
+    async fn templates(&self) -> Result<Vec<(u32, LayerId)>> {
+        Ok(vec![(15, TEMPLATE)])
+    }
+
+    async fn local_layers(&self) -> Result<BTreeSet<LayerId>> {
+        Ok(self.0.lock().layers.keys().copied().collect())
+    }
+
+    async fn local_branches(&self) -> Result<BTreeSet<BranchId>> {
+        Ok(self.0.lock().volumes.keys().copied().collect())
+    }
+
+    async fn volume_bases(&self, branch: BranchId) -> Result<BTreeSet<LayerId>> {
+        Ok(self.0.lock().volumes.get(&branch).map(|volume| volume.base).into_iter().collect())
+    }
+
+    async fn whole_chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        self.bring(layer).await?;
+        self.chain(layer).await
+    }
+
+    async fn remove_layer(&self, layer: LayerId) -> Result<()> {
+        let mut world = self.0.lock();
+        let under = world.volumes.values().any(|volume| world.layers[&volume.base].0.contains(&layer));
+        assert!(!under, "a volume lies on {layer}, which was removed");
+        world.layers.remove(&layer);
+        Ok(())
+    }
+
+    async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
+        let world = self.0.lock();
+        Ok(world.volumes.get(&branch).map_or(0, |volume| u64::from(volume.dirty)))
     }
 }
 
@@ -311,7 +378,10 @@ impl Rig {
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
-        Self { dir, node: FakeNode::new(), bucket, clients: Arc::default() }
+        let node = FakeNode::new();
+        node.0.lock().bucket = Some(bucket.clone());
+        node.upload(TEMPLATE).await.unwrap();
+        Self { dir, node, bucket, clients: Arc::default() }
     }
 
     pub fn config(&self) -> ServiceConfig {
@@ -324,12 +394,19 @@ impl Rig {
             proxy_domain: "localhost".to_owned(),
             ca_pem: Some("/tls/ca.pem".into()),
             min_free_bytes: 1000,
+            collect: crate::CollectPolicy::default(),
         }
     }
 
     pub async fn open_with(&self, bucket: Bucket) -> Result<Arc<Service>> {
+        self.open_at(bucket, Duration::ZERO, Arc::new(SystemClock)).await
+    }
+
+    /// A service with another clock, that keeps what nothing needs for this long.
+    pub async fn open_at(&self, bucket: Bucket, grace: Duration, clock: Arc<dyn Clock>) -> Result<Arc<Service>> {
         let (clients, node) = (self.clients.clone(), Arc::new(self.node.clone()));
-        Service::open_on(self.config(), bucket, clients, node, Arc::new(SystemClock)).await
+        let collect = crate::CollectPolicy { grace, ..crate::CollectPolicy::default() };
+        Service::open_on(ServiceConfig { collect, ..self.config() }, bucket, clients, node, clock).await
     }
 
     pub async fn open(&self) -> Arc<Service> {

@@ -15,6 +15,7 @@
 //! deleting a project, which takes them in the order of identifiers.
 
 mod branches;
+pub(crate) mod collect;
 mod compute;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -54,6 +55,8 @@ use crate::secrets::SecretStore;
 use crate::state::ProjectState;
 use crate::{Error, Refusal, Result};
 
+pub use collect::CollectPolicy;
+use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
 
@@ -79,6 +82,8 @@ pub struct ServiceConfig {
     pub ca_pem: Option<PathBuf>,
     /// Bytes that must stay free on the disk of `data_dir`; work is refused below. Usually [`MIN_FREE_BYTES`].
     pub min_free_bytes: u64,
+    /// When what nothing needs is deleted.
+    pub collect: CollectPolicy,
 }
 
 /// A branch that clients asked for by its address.
@@ -131,6 +136,7 @@ pub struct Service {
     artifacts: Artifacts,
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
+    collector: Collector,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// A layer was recorded that may have to be uploaded.
@@ -203,6 +209,7 @@ impl Service {
             secrets,
             artifacts,
             uploaded: Mutex::default(),
+            collector: Collector::default(),
             changed: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),

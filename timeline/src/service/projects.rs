@@ -239,10 +239,15 @@ impl Service {
     /// # Errors
     /// `NotFound` with the nearest names.
     pub async fn project_info(&self, name: &str) -> Result<api::Project> {
-        self.project_view(&*self.project(name)?)
+        let mut view = self.project_view(&*self.project(name)?)?;
+        if let Some(stored) = self.add_stored(&mut view.branches).await {
+            view.stored = stored.projects.get(&view.id).cloned();
+        }
+        Ok(view)
     }
 
-    /// Deletes a project: computes end, local files and the secret go, the name is free. Layers in the bucket stay.
+    /// Deletes a project: computes end, local files and the secret go, the name is free. Its objects in the bucket are
+    /// collected after the grace period, but for its receipts.
     ///
     /// # Errors
     /// If `confirm` is not its name, or an operation is under way.

@@ -56,12 +56,19 @@ pub(super) fn due(observed: &Observed) -> Due {
 }
 
 impl Service {
-    /// Keeps computes, uploads and unfinished operations moving until cancelled.
+    /// Keeps computes, uploads, unfinished operations and collection moving until cancelled.
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.stopping.cancelled() => {}
-            _ = async { tokio::join!(self.suspend_forever(), self.mend_forever(), self.upload_forever()) } => {}
+            _ = async {
+                tokio::join!(
+                    self.suspend_forever(),
+                    self.mend_forever(),
+                    self.upload_forever(),
+                    self.collect_forever(),
+                )
+            } => {}
         }
     }
 

@@ -31,7 +31,9 @@ impl Service {
         let project = self.project(project)?;
         crate::files::may_be_switched(&self.current_link(&project)?)?;
         self.check_disk()?;
-        let artifact = self.artifacts.take(&request.artifact).await?;
+        // As long as this lives the artifact is not collected; once the release is recorded, that keeps it.
+        let taken = self.artifacts.take(&request.artifact).await?;
+        let artifact = taken.name.clone();
         if let Some(deployed) = deployed_now(&project.ledger.state(), &artifact) {
             return Ok(Answer { value: deployed, new: false });
         }

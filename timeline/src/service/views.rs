@@ -24,6 +24,7 @@ impl Service {
             current: self.current_link(project)?,
             branches: self.branch_views(project, &state)?,
             releases: state.releases.len() as u64,
+            stored: None,
         })
     }
 
@@ -52,6 +53,7 @@ impl Service {
             created_at: branch.created_at,
             idle_suspend_seconds: self.idle_suspend(branch).as_secs_f64(),
             rescue_until: branch.rescue_until,
+            stored: None,
         })
     }
 
@@ -110,6 +112,11 @@ pub(super) struct Reader {
 }
 
 impl Reader {
+    /// The fold of the entries so far.
+    pub fn state(&self) -> &ProjectState {
+        &self.state
+    }
+
     /// One entry as a receipt. To be called with every entry, in order.
     pub fn receipt(&mut self, chained: &Chained<Event>) -> api::Entry {
         use crate::ledger::Fold as _;
