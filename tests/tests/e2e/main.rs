@@ -1,7 +1,9 @@
 //! End to end: the built binary, stock Postgres, psql, pgbench, tokio-postgres and psycopg.
 
 mod branches;
+mod collect;
 mod connections;
+mod fsck;
 mod kills;
 mod node_loss;
 mod postgres_life;
