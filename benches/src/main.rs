@@ -3,13 +3,15 @@
 //! ```sh
 //! scripts/setup bench                             # pgbouncer, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, branch, volume, proxy
+//! target/release/ebb-bench all                    # or: wake, branch, depth, many, volume, proxy
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
 //! medians is the result. Every bench says which question it answers and what was expected beforehand.
 
 mod branch;
+mod depth;
+mod many;
 mod native;
 mod node;
 mod pgbench;
@@ -61,6 +63,10 @@ enum Bench {
     Wake,
     /// Branch and checkpoint of a large database against a small one, and the stall of the source.
     Branch,
+    /// A branch on a thousand layers, against one on two.
+    Depth,
+    /// Ten thousand branches of one project.
+    Many,
     /// pgbench on a volume against native ext4.
     Volume,
     /// pgbench through the proxy against PgBouncer.
@@ -77,6 +83,12 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Branch) {
         branch::run(&cli.common)?;
+    }
+    if is(Bench::Depth) {
+        depth::run(&cli.common)?;
+    }
+    if is(Bench::Many) {
+        many::run(&cli.common)?;
     }
     if is(Bench::Volume) {
         volume::run(&cli.common)?;

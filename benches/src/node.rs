@@ -85,6 +85,18 @@ impl Node {
         Ok(self.data.join("branches").join(id).join("run"))
     }
 
+    /// Where it keeps everything.
+    pub fn data_dir(&self) -> &std::path::Path {
+        &self.data
+    }
+
+    /// Memory of the server process, without what it shares with others.
+    pub fn memory_kib(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.server.id()))?;
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+        Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
+    }
+
     /// libpq parameters to reach a branch through the proxy.
     pub fn conninfo(&self, branch: &str) -> String {
         format!(

@@ -29,16 +29,19 @@ pub fn run(common: &Common) -> Result<()> {
         .args(["-c", "grant all on all tables in schema public to app"])
         .status()?;
     anyhow::ensure!(grant.success(), "grant failed");
-    let bouncer = PgBouncer::start(&socket, &node.password)?;
     let ours = vec![node.conninfo("prod")];
-    let theirs = vec![format!("host=127.0.0.1 port={} user=app password={} dbname=app", bouncer.port, node.password)];
     for (mode, script) in [("prepared", &["-S"][..]), ("simple", &["-S", "-M", "simple"][..])] {
         for clients in [1, 16, 64] {
             let mut tps: [Samples; 2] = Default::default();
             let mut latency: [Samples; 2] = Default::default();
             for _ in 0..rounds {
-                for (side, target) in [&ours, &theirs].into_iter().enumerate() {
-                    let round = pgbench::round(common, target, script, clients)?;
+                // Only for its own round: it keeps the connections of its clients after they have gone.
+                let bouncer = PgBouncer::start(&socket, &node.password)?;
+                let rounds = [pgbench::round(common, &bouncer.target(&node.password), script, clients)?, {
+                    drop(bouncer);
+                    pgbench::round(common, &ours, script, clients)?
+                }];
+                for (side, round) in rounds.into_iter().rev().enumerate() {
                     tps[side].add(round.tps);
                     latency[side].add(round.latency_ms);
                 }
@@ -59,6 +62,10 @@ struct PgBouncer {
 }
 
 impl PgBouncer {
+    fn target(&self, password: &str) -> Vec<String> {
+        vec![format!("host=127.0.0.1 port={} user=app password={password} dbname=app", self.port)]
+    }
+
     fn start(socket_dir: &std::path::Path, password: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("ebb-bouncer-").tempdir()?;
         let port = free_port()?;

@@ -55,6 +55,8 @@ pub struct UnitSpec {
     pub pg_bin: PathBuf,
     /// Settings beyond the generated ones.
     pub settings: Vec<(String, String)>,
+    /// Whether the image is another branch's: no subscription in it may run until someone enables it.
+    pub fork: bool,
     /// Verifiers that must be set if the role has none yet: (role, SCRAM verifier). Applied after the start.
     pub initial_roles: Vec<(String, String)>,
 }

@@ -16,13 +16,14 @@
 //!   F+80     4  CRC-32C of everything before it (18: F+84, after a byte for char's signedness)
 //! ```
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 
 use ebb_types::Lsn;
 
 use crate::error::{Error, LocalContext, Result};
-use crate::layer::{BLOCK_BYTES, ImageInfo};
+use crate::layer::{BLOCK_BYTES, ImageInfo, Ino, Inode, InodeKind, Manifest, ROOT_INO};
 
 /// The path of the control file in a data directory.
 pub const PG_CONTROL: &str = "global/pg_control";
@@ -30,7 +31,55 @@ pub const PG_CONTROL: &str = "global/pg_control";
 /// Files at the top of a data directory that Postgres writes anew at each start and that mean nothing to the next one:
 /// its own lock file (PostgreSQL 15 `miscinit.c`, `CreateDataDirLockFile`) and its command line (`CreateOptsFile` of
 /// `postmaster.c`). Postgres syncs the first one half a dozen times on its way up.
-pub(crate) const TRANSIENT: [&[u8]; 2] = [b"postmaster.pid", b"postmaster.opts"];
+pub(crate) const TRANSIENT: [&[u8]; 2] = [LOCK_FILE, b"postmaster.opts"];
+
+/// Names the server that runs on a data directory.
+pub(crate) const LOCK_FILE: &[u8] = b"postmaster.pid";
+
+/// Holds a symlink for each tablespace.
+pub(crate) const TABLESPACES: &[u8] = b"pg_tblspc";
+
+/// Directories whose files Postgres empties or writes anew whenever it starts (PostgreSQL 15 `basebackup.c`,
+/// `excludeDirContents`, says why for each; `pg_replslot` is not among them here: what a branch keeps of it, a fork drops).
+const EMPTIED: [&[u8]; 6] =
+    [b"pg_dynshmem", b"pg_notify", b"pg_serial", b"pg_snapshots", b"pg_stat_tmp", b"pg_subtrans"];
+
+/// Begins the names of temporary files and of the directory they are in (`PG_TEMP_FILE_PREFIX`), which
+/// `RemovePgTempFiles` deletes at start.
+const TEMPORARY: &[u8] = b"pgsql_tmp";
+
+/// The relation cache, built anew after every start (PostgreSQL 15 `relcache.c`, `RelationCacheInitFileRemove`).
+const CACHE: &[u8] = b"pg_internal.init";
+
+/// The files of an image whose contents Postgres does not want back: it deletes, empties or rewrites them before it
+/// reads them. In an image that needs recovery, unlogged tables and indexes are among them: recovery makes them anew from
+/// their `_init` forks (PostgreSQL 15 `reinit.c`).
+pub(crate) fn dispensable(manifest: &Manifest) -> HashSet<Ino> {
+    let inodes: HashMap<Ino, &Inode> = manifest.inodes.iter().map(|inode| (inode.ino, inode)).collect();
+    let init_forks: HashSet<(Ino, &[u8])> =
+        (manifest.inodes.iter()).filter_map(|inode| Some((inode.parent, inode.name.strip_suffix(b"_init")?))).collect();
+    let is_dispensable = |inode: &&Inode| {
+        let Some(directory) = inodes.get(&inode.parent) else { return false };
+        let is_in_top = directory.parent == ROOT_INO && directory.ino != ROOT_INO;
+        (directory.ino == ROOT_INO && TRANSIENT.contains(&inode.name.as_slice()))
+            || (is_in_top && EMPTIED.contains(&directory.name.as_slice()))
+            || directory.name.starts_with(TEMPORARY)
+            || inode.name.starts_with(TEMPORARY)
+            || inode.name.starts_with(CACHE)
+            || (!manifest.image.clean
+                && relation_of(&inode.name).is_some_and(|relation| init_forks.contains(&(inode.parent, relation))))
+    };
+    let files = manifest.inodes.iter().filter(|inode| matches!(inode.kind, InodeKind::File { .. }));
+    files.filter(is_dispensable).map(|inode| inode.ino).collect()
+}
+
+/// The number in the name of a relation's file, unless it is an `_init` fork: `16384`, `16384.1`, `16384_fsm`.
+fn relation_of(name: &[u8]) -> Option<&[u8]> {
+    let digits = name.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let (number, rest) = name.split_at(digits);
+    let is_fork = rest.is_empty() || rest.starts_with(b".") || rest.starts_with(b"_fsm") || rest.starts_with(b"_vm");
+    (digits > 0 && is_fork).then_some(number)
+}
 
 /// The oldest and newest Postgres major version whose files are understood.
 pub const PG_MAJORS: std::ops::RangeInclusive<u32> = 14..=18;
@@ -175,6 +224,57 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_postgres_makes_anew_is_dispensable() {
+        let (id, mut expected) = (ebb_types::LayerId::for_test(1), HashSet::new());
+        let image = ImageInfo {
+            pg_major: 15,
+            system_identifier: 1,
+            redo: Lsn(0),
+            pg_timeline: 1,
+            wal_segment_bytes: 16 << 20,
+            clean: false,
+        };
+        let (name, kind) = (Vec::new(), InodeKind::Directory);
+        let root = Inode { ino: ROOT_INO, parent: ROOT_INO, name, mode: 0o700, mtime_ns: 0, kind };
+        let mut manifest = Manifest { id, chain: vec![id], next_ino: 100, inodes: vec![root], image };
+        let mut add = |parent: Ino, name: &str, file: bool| {
+            let kind = if file { InodeKind::File { size: 0, runs: Vec::new() } } else { InodeKind::Directory };
+            let ino = manifest.inodes.len() as Ino + 1;
+            manifest.inodes.push(Inode { ino, parent, name: name.into(), mode: 0o600, mtime_ns: 0, kind });
+            ino
+        };
+        let base = add(ROOT_INO, "base", false);
+        let database = add(base, "5", false);
+        let temporary = add(base, "pgsql_tmp", false);
+        let notify = add(ROOT_INO, "pg_notify", false);
+        let xact = add(ROOT_INO, "pg_xact", false);
+        let anew = [
+            (ROOT_INO, "postmaster.pid"),
+            (temporary, "pgsql_tmp77.0"),
+            (notify, "0000"),
+            (database, "pg_internal.init"),
+            (database, "16385"),
+            (database, "16385.1"),
+            (database, "16385_fsm"),
+        ];
+        expected.extend(anew.map(|(parent, name)| add(parent, name, true)));
+        for (parent, name) in [
+            (ROOT_INO, "PG_VERSION"),
+            (xact, "0000"),
+            (database, "16384"),
+            (database, "16385_init"),
+            (database, "163850"),
+            (database, "postmaster.pid"),
+        ] {
+            add(parent, name, true);
+        }
+        let unlogged = expected.len() - 3;
+        assert_eq!(dispensable(&manifest), expected);
+        manifest.image.clean = true;
+        assert_eq!(dispensable(&manifest).len(), unlogged, "after a clean shutdown unlogged tables are whole");
+    }
 
     #[test]
     fn segment_names_are_those_of_postgres() {

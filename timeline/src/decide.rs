@@ -484,7 +484,7 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
 fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: Found) -> Vec<Event> {
     let mut events = Vec::new();
     let plan = &operation.plan;
-    let held = plan.holds().and_then(|id| state.branches.get(&id).map(|branch| (id, branch)));
+    let held = plan.holds().and_then(|id| state.branches.get(&id).map(|branch| (id, branch.as_ref())));
     if let Some((id, branch)) = held
         && matches!(step, Step::Record | Step::Checkpoint | Step::Switch | Step::Write)
     {

@@ -50,6 +50,8 @@ pub struct Start {
     pub data: Line,
     /// Major version of its Postgres.
     pub pg_major: u32,
+    /// Whether its head is another branch's image: this branch has sealed nothing yet.
+    pub fork: bool,
     /// The owner's first verifier, for a cluster in which that role has none.
     pub verifier: String,
 }
@@ -275,7 +277,7 @@ impl LocalNode {
     }
 
     /// Makes the volume, unless there is one of this line. What is there of another line is stale, and removed.
-    async fn ensure_volume(&self, data: &Line) -> Result<()> {
+    async fn ensure_volume(&self, data: &Line, fork: bool) -> Result<()> {
         if self.has_volume(data)? {
             return Ok(());
         }
@@ -285,7 +287,8 @@ impl LocalNode {
         self.clear(data.branch).await?;
         files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
         let (dirs, head) = (self.dirs(data.branch), data.head);
-        blocking("making a volume", move || Ok(Volume::create(&dirs, head)?)).await
+        let make = if fork { Volume::create_fork } else { Volume::create };
+        blocking("making a volume", move || Ok(make(&dirs, head)?)).await
     }
 
     async fn manifest(&self, layer: LayerId) -> Result<Option<Manifest>> {
@@ -333,13 +336,14 @@ impl Node for LocalNode {
     async fn start(&self, start: &Start) -> Result<PathBuf> {
         let branch = start.data.branch;
         let installation = self.installation(start.pg_major)?;
-        self.ensure_volume(&start.data).await?;
+        self.ensure_volume(&start.data, start.fork).await?;
         let spec = UnitSpec {
             branch,
             branch_dir: self.branch_dir(branch),
             layers_dir: self.store.layers_dir().to_owned(),
             pg_bin: installation.bin,
             settings: Vec::new(),
+            fork: start.fork,
             initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
         };
         let unit = Unit::start(&self.exe, &spec).await?;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ebb_types::{
     BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, ProjectId, ProjectName, ReleaseId, Timestamp,
@@ -25,8 +26,8 @@ pub struct ProjectState {
     pub facts: Option<Facts>,
     /// Whether it was deleted.
     pub deleted: bool,
-    /// Its branches.
-    pub branches: BTreeMap<BranchId, Branch>,
+    /// Its branches. Shared between versions of the state: each entry of the ledger makes one.
+    pub branches: BTreeMap<BranchId, Arc<Branch>>,
     /// Its releases, oldest first.
     pub releases: Vec<Release>,
     /// The release whose code is the project's code.
@@ -34,7 +35,7 @@ pub struct ProjectState {
     /// Operations that are neither done nor undone.
     pub operations: BTreeMap<OperationId, Operation>,
     /// Acts that came with an idempotency key and were not undone, oldest first.
-    pub keys: VecDeque<KeyUse>,
+    pub keys: VecDeque<Arc<KeyUse>>,
     /// Rescue branches made so far, per branch: numbers are not used twice.
     pub rescues: BTreeMap<BranchId, u64>,
     /// Branches that were deleted: what a node still has of them may go. 16 bytes each, for ever.
@@ -65,6 +66,8 @@ pub struct Branch {
     pub name: BranchName,
     /// Its newest recorded seal.
     pub head: LayerId,
+    /// Whether it has sealed its head itself; else the head is the image it was made from, or moved to.
+    pub has_sealed: bool,
     /// Counts how often the branch was moved to another history. A volume knows for which line it was made; one of
     /// another line is stale, whatever it holds.
     pub line: u64,
@@ -148,6 +151,11 @@ impl Operation {
 }
 
 impl Branch {
+    /// Whether what it wakes on is another branch's image, whose subscriptions and replication slots are not its own.
+    pub fn is_fork(&self) -> bool {
+        self.parent.is_some() && !self.has_sealed
+    }
+
     /// Finds a checkpoint.
     ///
     /// # Errors
@@ -195,7 +203,7 @@ impl ProjectState {
         self.branches
             .iter()
             .find(|(_, branch)| branch.name.as_str() == name)
-            .map(|(id, branch)| (*id, branch))
+            .map(|(id, branch)| (*id, branch.as_ref()))
             .ok_or_else(|| {
                 let near = nearest(name, self.branches.values().map(|branch| branch.name.as_str()));
                 let near = near.into_iter().map(str::to_owned).collect();
@@ -209,7 +217,7 @@ impl ProjectState {
     /// If it was deleted.
     pub fn branch_by_id(&self, id: BranchId) -> Result<&Branch, Refusal> {
         self.facts()?;
-        self.branches.get(&id).ok_or(Refusal::Gone(id))
+        self.branches.get(&id).map(Arc::as_ref).ok_or(Refusal::Gone(id))
     }
 
     /// Finds a release by its name.
@@ -244,7 +252,7 @@ impl ProjectState {
     pub fn key(&self, key: &Key) -> Result<Option<&KeyUse>, Refusal> {
         match self.keys.iter().find(|used| used.key.key == key.key) {
             Some(used) if used.key.request != key.request => Err(Refusal::KeyReused(key.key.clone())),
-            used => Ok(used),
+            used => Ok(used.map(Arc::as_ref)),
         }
     }
 
@@ -266,7 +274,7 @@ impl ProjectState {
     }
 
     fn branch_mut(&mut self, id: BranchId) -> Result<&mut Branch, String> {
-        self.branches.get_mut(&id).ok_or_else(|| format!("there is no branch {id}"))
+        self.branches.get_mut(&id).map(Arc::make_mut).ok_or_else(|| format!("there is no branch {id}"))
     }
 
     fn release_mut(&mut self, id: ReleaseId) -> Result<&mut Release, String> {
@@ -305,6 +313,7 @@ impl ProjectState {
                 let made = Branch {
                     name: name.clone(),
                     head: *head,
+                    has_sealed: false,
                     line: 0,
                     parent: parent.clone(),
                     created_at: entry.time,
@@ -312,16 +321,21 @@ impl ProjectState {
                     rescue_until: *rescue_until,
                     checkpoints: Vec::new(),
                 };
-                self.branches.insert(*branch, made);
+                self.branches.insert(*branch, Arc::new(made));
             }
             Event::BranchChanged { branch, idle_suspend_ms } => {
                 self.branch_mut(*branch)?.idle_suspend_ms = Some(*idle_suspend_ms);
             }
-            Event::BranchSealed { branch, layer } => self.branch_mut(*branch)?.head = *layer,
+            Event::BranchSealed { branch, layer } => {
+                let branch = self.branch_mut(*branch)?;
+                branch.head = *layer;
+                branch.has_sealed = true;
+            }
             Event::BranchMoved { branch, head, .. } => {
                 let branch_id = *branch;
                 let branch = self.branch_mut(branch_id)?;
                 branch.head = *head;
+                branch.has_sealed = false;
                 branch.line += 1;
                 *self.rescues.entry(branch_id).or_default() += 1;
             }
@@ -413,7 +427,7 @@ impl ProjectState {
             if self.keys.len() >= KEYS_MAX {
                 self.keys.pop_front();
             }
-            self.keys.push_back(KeyUse { key: key.clone(), op, plan: plan.clone() });
+            self.keys.push_back(Arc::new(KeyUse { key: key.clone(), op, plan: plan.clone() }));
         }
         Ok(())
     }

@@ -115,12 +115,18 @@ pub(crate) fn file(at: &Surroundings<'_>, own: &[(String, String)]) -> String {
 }
 
 /// The arguments of `postgres` that go with the file.
-pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path) -> Vec<String> {
+///
+/// On a fork no worker of a subscription may start before the subscriptions are disabled, which takes a running server
+/// (see `roles.rs`): so for this once there are none. They run again, if enabled, from the next wake on.
+pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool) -> Vec<String> {
     let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
     let mut set = |name: &str, value: &str| arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
     set("config_file", &format!("{}/postgresql.conf", at.run.display()));
     for setting in settings(at).iter().filter(|setting| setting.fixed) {
         set(setting.name, &setting.value);
+    }
+    if fork {
+        set("max_logical_replication_workers", "0");
     }
     arguments
 }
@@ -159,7 +165,7 @@ mod tests {
 
     #[test]
     fn what_recovery_rests_on_cannot_be_changed_from_inside() {
-        let arguments = arguments(&at(), Path::new("/mnt/data")).join(" ");
+        let arguments = arguments(&at(), Path::new("/mnt/data"), false).join(" ");
         assert!(arguments.starts_with("-D /mnt/data -c config_file=/mnt/run/postgresql.conf"), "{arguments}");
         for fixed in ["fsync=on", "full_page_writes=on", "listen_addresses=", "recovery_init_sync_method=syncfs"] {
             assert!(arguments.contains(&format!("-c {fixed}")), "{fixed} is missing in {arguments}");

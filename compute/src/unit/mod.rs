@@ -89,7 +89,7 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     write_config(&run, &surroundings, &spec.settings, user)?;
     let plan = Plan {
         bin: spec.pg_bin.clone(),
-        arguments: config::arguments(&surroundings, &house.data()),
+        arguments: config::arguments(&surroundings, &house.data(), spec.fork),
         user,
         lock,
         log: branch_dir.join(files::LOG),

@@ -1,7 +1,7 @@
 //! The task that owns the unit: it alone starts, stops and seals; everyone else asks it.
 
 use std::collections::VecDeque;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -132,7 +132,7 @@ impl Owner {
     pub fn new(spec: UnitSpec, dirs: VolumeDirs, house: House, plan: Plan, stages: Stages) -> Self {
         // LIMIT: two events for each run of Postgres, and one run at a time.
         let (events_sender, events) = mpsc::channel(4);
-        let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles);
+        let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles, spec.fork);
         let view = View { ready: false, ever_ready: false, postmaster_pid: None, wal_end: None, restarts: 0, stages };
         Self {
             dirs,
@@ -163,14 +163,6 @@ impl Owner {
     }
 
     fn start_postgres(&self) -> Result<Postmaster> {
-        if !geteuid().is_root() {
-            // The image of a running source has its postmaster.pid. Postgres refuses to start if it takes that number
-            // for a live server, and for its own user's processes it cannot tell this unit's threads from one. (Where
-            // the unit is root it can: PostgreSQL 15 miscinit.c, CreateLockFile.) Another process removes it, because
-            // the one that serves a FUSE mount must not wait for it.
-            let stale = self.house.data().join("postmaster.pid");
-            Command::new("/bin/rm").arg("-f").arg(&stale).status().on("remove", &stale)?;
-        }
         let (view, events) = (self.view.clone(), &self.events_sender);
         let on_ready = move || {
             let status = {

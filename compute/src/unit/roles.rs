@@ -27,6 +27,10 @@ const LOOK: &str = "SELECT pg_current_wal_lsn(); \
     SELECT rolname, rolpassword FROM pg_authid WHERE rolcanlogin AND NOT rolsuper \
     AND rolpassword LIKE 'SCRAM-SHA-256$%' AND (rolvaliduntil IS NULL OR rolvaliduntil > now())";
 
+/// Subscriptions are one table for all databases. It is a system catalog, which wants to be asked twice.
+const DISABLE_SUBSCRIPTIONS: &str = "SET allow_system_table_mods = on; \
+    UPDATE pg_subscription SET subenabled = false WHERE subenabled; RESET allow_system_table_mods";
+
 /// Why a look at the roles failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
@@ -44,15 +48,17 @@ pub(super) struct Roles {
     file: PathBuf,
     socket_dir: PathBuf,
     initial: Vec<(String, String)>,
+    /// The subscriptions of the image are another branch's, and not disabled yet.
+    fork: bool,
     client: Option<Client>,
     published: Option<BTreeMap<String, String>>,
 }
 
 impl Roles {
     /// Roles of the Postgres whose socket is in `socket_dir`, published to `file`. `initial` are verifiers that a role
-    /// gets if it has none.
-    pub fn new(file: PathBuf, socket_dir: PathBuf, initial: Vec<(String, String)>) -> Self {
-        Self { file, socket_dir, initial, client: None, published: None }
+    /// gets if it has none; on a `fork`, subscriptions are disabled once.
+    pub fn new(file: PathBuf, socket_dir: PathBuf, initial: Vec<(String, String)>, fork: bool) -> Self {
+        Self { file, socket_dir, initial, fork, client: None, published: None }
     }
 
     /// Looks, publishes what has changed, and answers the end of WAL. Connects first where there is no session, and
@@ -98,12 +104,16 @@ impl Roles {
         Ok((wal_end, roles))
     }
 
-    async fn connect(&self) -> Result<Client, tokio_postgres::Error> {
+    async fn connect(&mut self) -> Result<Client, tokio_postgres::Error> {
         let mut config = tokio_postgres::Config::new();
         config.host_path(&self.socket_dir).port(PORT).user(SUPERUSER).dbname("postgres").application_name("ebb unit");
         let (client, connection) = config.connect(NoTls).await?;
         // Ends with the client or the server; whatever it has to say, the next look learns too.
         tokio::spawn(connection);
+        if self.fork {
+            client.batch_execute(DISABLE_SUBSCRIPTIONS).await?;
+            self.fork = false;
+        }
         for (role, verifier) in &self.initial {
             if verifier.starts_with(SCRAM) {
                 client.batch_execute(&give_verifier(role, verifier)).await?;

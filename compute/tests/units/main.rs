@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         a_seal_leaves_postgres_alone_and_a_branch_of_it_starts,
         a_seal_can_be_asked_for_twice,
         a_seal_holds_what_was_there_when_it_was_answered_whenever_its_layer_is_completed,
+        a_fork_has_no_slots_and_no_running_subscriptions,
         roles_made_in_sql_are_published,
         a_role_keeps_the_verifier_it_has,
         a_discarded_unit_leaves_no_layer,
@@ -220,6 +221,46 @@ async fn a_seal_holds_what_was_there_when_it_was_answered_whenever_its_layer_is_
         node.stop(branch).await;
     }
     node.stop(unit).await;
+}
+
+async fn a_fork_has_no_slots_and_no_running_subscriptions() {
+    const FOUND: &str =
+        "SELECT (SELECT count(*) FROM pg_replication_slots) || ' ' || (SELECT subenabled FROM pg_subscription)";
+    let node = Node::new().await;
+    let mut spec = node.branch(node.template);
+    spec.settings = vec![("wal_level".to_owned(), "logical".to_owned())];
+    let source = node.start(&spec).await;
+    for sql in [
+        "CREATE TABLE t (n int)",
+        "SELECT pg_create_physical_replication_slot('standby', true)",
+        "SELECT pg_create_logical_replication_slot('reader', 'pgoutput')",
+        "CREATE SUBSCRIPTION s CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false)",
+        "ALTER SUBSCRIPTION s ENABLE",
+    ] {
+        node.sql(&source, sql).await;
+    }
+    let layer = LayerId::generate();
+    source.seal(layer).await.unwrap();
+    source.finish_seals().await.unwrap();
+    assert_eq!(node.sql(&source, FOUND).await, "2 true");
+
+    let mut fork_spec = node.fork(layer);
+    fork_spec.settings.clone_from(&spec.settings);
+    let fork = node.start(&fork_spec).await;
+    assert_eq!(node.sql(&fork, "SHOW max_logical_replication_workers").await, "0");
+    let begun = std::time::Instant::now();
+    while node.sql(&fork, FOUND).await != "0 false" {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the subscription is still enabled");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // From now on it is a branch like any other: what is enabled in it stays so.
+    node.sql(&fork, "ALTER SUBSCRIPTION s ENABLE").await;
+    node.stop(fork).await;
+    fork_spec.fork = false;
+    let fork = node.start(&fork_spec).await;
+    assert_eq!(node.sql(&fork, FOUND).await, "0 true");
+    node.stop(fork).await;
+    node.stop(source).await;
 }
 
 async fn roles_made_in_sql_are_published() {

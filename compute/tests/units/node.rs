@@ -72,6 +72,14 @@ impl Node {
         self.branch_in(&self.dir().join("branches"), base)
     }
 
+    /// A new branch on another one's image.
+    pub fn fork(&self, base: LayerId) -> UnitSpec {
+        let spec = UnitSpec { fork: true, ..self.branch(base) };
+        Volume::remove(&self.dirs(&spec)).unwrap();
+        Volume::create_fork(&self.dirs(&spec), base).unwrap();
+        spec
+    }
+
     pub fn branch_in(&self, parent: &Path, base: LayerId) -> UnitSpec {
         let branch = BranchId::generate();
         let spec = UnitSpec {
@@ -80,6 +88,7 @@ impl Node {
             layers_dir: self.layers(),
             pg_bin: self.installation.bin.clone(),
             settings: Vec::new(),
+            fork: false,
             initial_roles: Vec::new(),
         };
         fs::create_dir_all(&spec.branch_dir).unwrap();

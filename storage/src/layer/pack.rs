@@ -11,6 +11,7 @@ use ebb_types::LayerId;
 use super::format::{Content, FRAME_PAGES, Footer, Frame, HEADER_BYTES, Index, Piece, WalFile, header};
 use super::{BLOCK_BYTES, InodeKind, Manifest, Run};
 use crate::error::{Error, LocalContext, Result};
+use crate::pg_files;
 
 /// LIMIT: on pages of pgbench (scale 10, after five seconds of TPC-B) in frames of 128 KiB, zstd 1.5.7 shrinks 13.6
 /// times at 1.38 GB/s with level 1, 15.5 times at 1.21 GB/s with 3, and 17.0 times at 0.28 GB/s with 6. WAL: 9.8
@@ -84,9 +85,11 @@ impl<'a> Packer<'a> {
         Ok(packer)
     }
 
-    /// The pages that are this layer's own, file by file.
+    /// The pages that are this layer's own, file by file, but for those that Postgres does not want back: they come back
+    /// as zeroes.
     fn data_files(&mut self, manifest: &Manifest, data: &Path) -> Result<()> {
-        for inode in &manifest.inodes {
+        let dispensable = pg_files::dispensable(manifest);
+        for inode in manifest.inodes.iter().filter(|inode| !dispensable.contains(&inode.ino)) {
             let InodeKind::File { size, runs } = &inode.kind else { continue };
             let mut own = runs.iter().filter(|run| run.slot == manifest.own_slot()).peekable();
             if own.peek().is_none() {

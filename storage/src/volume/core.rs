@@ -158,6 +158,10 @@ impl Core {
 
     /// Makes a symbolic link.
     pub(super) fn symlink(&self, parent: Ino, name: &[u8], target: &[u8]) -> Result<Attr, Errno> {
+        // What a tablespace holds would be in no layer.
+        if self.names.read().get(parent).is_ok_and(|at| at.parent == ROOT_INO && at.name == pg_files::TABLESPACES) {
+            return Err(Errno::OPNOTSUPP);
+        }
         self.make(|ino| Record::Symlink { ino, parent, name: name.to_vec(), target: target.to_vec() })
     }
 

@@ -61,7 +61,8 @@ use self::seal::State;
 use self::slots::{Slots, open_dir};
 use self::upper::{Upper, dir_of, remove_dir, sync_dir};
 use crate::error::{Error, LocalContext, Result};
-use crate::layer::ImageInfo;
+use crate::layer::{ImageInfo, Ino, InodeKind, Manifest, ROOT_INO};
+use crate::pg_files::LOCK_FILE;
 
 pub(crate) use self::check::{Fault, bases, look};
 pub use self::fuse::{Mount, MountOptions};
@@ -137,6 +138,17 @@ impl Volume {
     /// `Invalid` when there is one already, or when the file system cannot tell holes from data; `NoSuchLayer` when
     /// `base` is not local.
     pub fn create(dirs: &VolumeDirs, base: LayerId) -> Result<()> {
+        Self::make(dirs, base, |_| Vec::new())
+    }
+
+    /// As [`Volume::create`], for a branch on an image that is not its own: without that one's replication slots, which
+    /// would hold back WAL and stand for subscribers that are not this branch's (invariant I12).
+    pub fn create_fork(dirs: &VolumeDirs, base: LayerId) -> Result<()> {
+        Self::make(dirs, base, |manifest| removals_below(manifest, b"pg_replslot"))
+    }
+
+    /// Makes a volume whose journal begins with some records.
+    fn make(dirs: &VolumeDirs, base: LayerId, first: impl FnOnce(&Manifest) -> Vec<Record>) -> Result<()> {
         if Self::exists(dirs) {
             return Err(Error::Invalid(format!("{:?} has a volume already", dirs.branch)));
         }
@@ -145,7 +157,11 @@ impl Volume {
         check_holes(&dirs.branch)?;
         remove_dir(&dirs.branch.join("uppers"))?;
         let slot = manifest.chain.len() as u32;
-        Upper::create(&dirs.branch, Header { upper: 0, base }, slot)?;
+        let upper = Upper::create(&dirs.branch, Header { upper: 0, base }, slot)?;
+        for record in first(&manifest) {
+            upper.journal.append(&record).on("append to the journal of", &dirs.branch)?;
+        }
+        upper.journal.sync().on("sync the journal of", &dirs.branch)?;
         let layer = dirs.layers.join(base.to_string());
         wal::seed(&layer.join("wal"), &dirs.wal(), &manifest.image)?;
         let roles = dirs.branch.join("roles.json");
@@ -227,6 +243,12 @@ impl Volume {
         let slots = Slots::of_layers(&dirs.layers, &manifest.chain);
         slots.push(&data, upper.data_dir().on("open", &data)?);
         image.replay(&dir.join("journal"), &contents.records)?;
+        if image.tree.lookup(ROOT_INO, LOCK_FILE).is_ok() {
+            // Nobody runs on a volume that is not open. Left there, it might name a process that happens to exist.
+            let gone = Record::Unlink { parent: ROOT_INO, name: LOCK_FILE.to_vec() };
+            upper.journal.append(&gone).on("append to the journal of", &dir)?;
+            image.replay(&dir.join("journal"), &[gone])?;
+        }
         let scan = image.scan(&data, &upper.data_dir().on("open", &data)?, &slots)?;
         for name in &scan.leftovers {
             let path = data.join(name);
@@ -381,6 +403,28 @@ impl Volume {
         let base = *self.base.lock();
         let layer = self.dirs.layers.join(base.layer.to_string());
         wal::changed_since(&self.dirs.wal(), &layer.join("wal"), &base.info)
+    }
+}
+
+/// The records that remove everything in a directory at the top.
+fn removals_below(manifest: &Manifest, directory: &[u8]) -> Vec<Record> {
+    let top = manifest.inodes.iter().find(|inode| inode.parent == ROOT_INO && inode.name == directory);
+    let mut records = Vec::new();
+    if let Some(top) = top {
+        remove_children(manifest, top.ino, &mut records);
+    }
+    records
+}
+
+fn remove_children(manifest: &Manifest, parent: Ino, records: &mut Vec<Record>) {
+    for inode in manifest.inodes.iter().filter(|inode| inode.parent == parent && inode.ino != ROOT_INO) {
+        let name = inode.name.clone();
+        if matches!(inode.kind, InodeKind::Directory) {
+            remove_children(manifest, inode.ino, records);
+            records.push(Record::Rmdir { parent, name });
+        } else {
+            records.push(Record::Unlink { parent, name });
+        }
     }
 }
 

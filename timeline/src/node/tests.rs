@@ -34,7 +34,7 @@ async fn a_volume_of_another_line_is_replaced() {
     let machine = Machine::new().await;
     let (node, first, second) = (&machine.node, machine.line(0), machine.line(1));
     assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), None);
-    node.ensure_volume(&first).await.unwrap();
+    node.ensure_volume(&first, false).await.unwrap();
     // Nothing was written: the layer below is all there is.
     assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), Some(machine.base));
     let roles = node.branch_dir(first.branch).join("roles.json");
@@ -45,12 +45,12 @@ async fn a_volume_of_another_line_is_replaced() {
     // The branch was moved: the volume and its roles are of the past.
     assert_eq!(node.seal(&second, LayerId::generate()).await.unwrap(), None);
     assert_eq!(node.roles(&second).await.unwrap(), None);
-    node.ensure_volume(&second).await.unwrap();
+    node.ensure_volume(&second, false).await.unwrap();
     assert!(!roles.exists() && node.has_volume(&second).unwrap() && !node.has_volume(&first).unwrap());
 
     node.remove_volume(first.branch).await.unwrap();
     assert!(!node.has_volume(&second).unwrap());
-    node.ensure_volume(&second).await.unwrap();
+    node.ensure_volume(&second, false).await.unwrap();
     node.remove_branch(first.branch).await.unwrap();
     assert!(!node.branch_dir(first.branch).exists());
     node.remove_branch(first.branch).await.unwrap();
@@ -60,9 +60,9 @@ async fn a_volume_of_another_line_is_replaced() {
 async fn a_volume_that_lost_its_line_is_reported_and_kept() {
     let machine = Machine::new().await;
     let (node, data) = (&machine.node, machine.line(0));
-    node.ensure_volume(&data).await.unwrap();
+    node.ensure_volume(&data, false).await.unwrap();
     fs::remove_file(node.line_file(data.branch)).unwrap();
-    assert_eq!(node.ensure_volume(&data).await.unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!(node.ensure_volume(&data, false).await.unwrap_err().kind(), ErrorKind::Internal);
     assert!(Volume::exists(&node.dirs(data.branch)));
 }
 

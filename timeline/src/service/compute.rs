@@ -193,7 +193,8 @@ impl Service {
         let start = {
             let state = project.ledger.state();
             let facts = state.facts()?;
-            Start { data, pg_major: facts.pg_major, verifier: facts.verifier.clone() }
+            let fork = state.branch_by_id(branch)?.is_fork();
+            Start { data, pg_major: facts.pg_major, fork, verifier: facts.verifier.clone() }
         };
         self.check_disk()?;
         let began = Instant::now();

@@ -270,3 +270,42 @@ fn a_full_disk_refuses_what_has_no_room_and_keeps_the_rest() {
     create(&volume, "after");
     assert_eq!(volume.seal(layer).unwrap().layer, layer);
 }
+
+#[test]
+fn tablespaces_are_refused() {
+    let node = Node::new();
+    let volume = node.volume(0, node.empty);
+    let at = volume.core.mkdir(ROOT_INO, b"pg_tblspc", 0o700).unwrap().ino;
+    assert_eq!(volume.core.symlink(at, b"16384", b"/elsewhere").unwrap_err(), Errno::OPNOTSUPP);
+    assert!(volume.core.symlink(ROOT_INO, b"pg_wal", b"../wal").is_ok());
+}
+
+#[test]
+fn a_lock_file_of_a_server_that_is_gone_does_not_survive() {
+    let node = Node::new();
+    let volume = node.volume(0, node.empty);
+    let ino = create(&volume, "postmaster.pid");
+    volume.core.write(ino, 0, b"77").unwrap();
+    let layer = LayerId::generate();
+    volume.seal(layer).unwrap();
+    drop(volume);
+    assert!(contents(&node.volume(1, layer)).is_empty());
+    assert!(contents(&Volume::open(&node.dirs(0)).unwrap()).is_empty());
+}
+
+#[test]
+fn a_fork_has_none_of_its_sources_replication_slots() {
+    let node = Node::new();
+    let volume = node.volume(0, node.empty);
+    let slots = volume.core.mkdir(ROOT_INO, b"pg_replslot", 0o700).unwrap().ino;
+    for slot in [b"a", b"b"] {
+        let slot = volume.core.mkdir(slots, slot, 0o700).unwrap().ino;
+        volume.core.create(slot, b"state", 0o600).unwrap();
+    }
+    let layer = LayerId::generate();
+    volume.seal(layer).unwrap();
+    assert_eq!(contents(&node.volume(1, layer)).len(), 5);
+    Volume::create_fork(&node.dirs(2), layer).unwrap();
+    let fork = Volume::open(&node.dirs(2)).unwrap();
+    assert_eq!(contents(&fork).into_keys().collect::<Vec<_>>(), ["/pg_replslot"]);
+}

@@ -1,0 +1,95 @@
+//! Does it cost anything to lie on a thousand layers?
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use tokio_postgres::NoTls;
+
+use crate::Common;
+use crate::node::Node;
+use crate::pgbench::{self, over_socket};
+use crate::stats::{Samples, heading, report};
+
+/// Layers of the deep branch.
+const LAYERS: usize = 1000;
+
+/// Checkpoints a branch a thousand times while its pages change, then wakes it and reads it, in turns with one beside it
+/// that lies on a single layer more than its parent.
+pub fn run(common: &Common) -> Result<()> {
+    let rounds = common.rounds.unwrap_or(5);
+    let scale = common.scale.unwrap_or(10);
+    heading(
+        "depth: waking and reading a branch on 1,000 layers, against one on two",
+        &format!(
+            "{rounds} rounds of {} s, in turns, each on a fresh mount; select-only, scale {scale}; goal reads >= 0.95, wake <= 2",
+            common.seconds
+        ),
+    );
+    let node = Node::start(common)?;
+    let socket = node.wake("prod")?;
+    pgbench::initialise(common, &over_socket(&socket, "app"), scale)?;
+    node.suspend("prod")?;
+    for branch in ["flat", "deep"] {
+        node.post("/v1/projects/bench/branches", &json!({"name": branch, "from": "bench/prod"}))?;
+    }
+    let taken = deepen(&node, scale)?;
+    report("1,000th checkpoint against the first, p50", "ms", taken[1].median(), "first", taken[0].median(), "<= 1.2");
+
+    let sides = ["deep", "flat"];
+    let mut wakes: [Samples; 2] = Default::default();
+    let mut tps: [Samples; 2] = Default::default();
+    let mut memory: [Samples; 2] = Default::default();
+    for _ in 0..rounds {
+        for (side, branch) in sides.into_iter().enumerate() {
+            node.suspend(branch)?;
+            let begun = Instant::now();
+            let socket = node.wake(branch)?;
+            wakes[side].add_time(begun.elapsed());
+            tps[side].add(pgbench::round(common, &over_socket(&socket, "app"), &["-S"], 4)?.tps);
+            memory[side].add(unit_memory_mb(&socket)?);
+        }
+    }
+    report("wake, deep against flat, p50", "ms", wakes[0].median(), "flat", wakes[1].median(), "<= 2");
+    report("select-only, 4 clients", "tps", tps[0].median(), "flat", tps[1].median(), ">= 0.95");
+    report("memory of the unit process", "MB", memory[0].median(), "flat", memory[1].median(), "about 1");
+    Ok(())
+}
+
+/// Puts a thousand layers on `deep`, each with some pages of its own; how long the first and the last fifty took.
+fn deepen(node: &Node, scale: u32) -> Result<[Samples; 2]> {
+    let socket = node.wake("deep")?;
+    let conninfo = format!("host={} user=postgres dbname=app", socket.display());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (client, connection) = runtime.block_on(tokio_postgres::connect(&conninfo, NoTls))?;
+    let connection = runtime.spawn(connection);
+    let mut taken: [Samples; 2] = Default::default();
+    for layer in 0..LAYERS {
+        let change = format!(
+            "update pgbench_accounts set abalance = abalance + 1 where aid in (select (random() * {rows})::int from generate_series(1, 8)); checkpoint",
+            rows = scale * 100_000
+        );
+        runtime.block_on(client.batch_execute(&change))?;
+        let begun = Instant::now();
+        node.post("/v1/projects/bench/branches/deep/checkpoints", &json!({"name": format!("c{layer}")}))?;
+        match layer {
+            0..50 => taken[0].add_time(begun.elapsed()),
+            950.. => taken[1].add_time(begun.elapsed()),
+            _ => {}
+        }
+    }
+    drop(client);
+    runtime.block_on(connection)??;
+    Ok(taken)
+}
+
+/// Memory of the unit that serves a socket directory, without what it shares with others.
+fn unit_memory_mb(socket_dir: &Path) -> Result<f64> {
+    let branch = socket_dir.parent().context("a socket directory is in a branch's")?;
+    let pid = std::fs::read_to_string(branch.join("unit.pid"))?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim()))?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
+    let kib: f64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
+    Ok(kib / 1024.0)
+}
