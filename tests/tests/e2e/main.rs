@@ -3,6 +3,7 @@
 mod branches;
 mod collect;
 mod connections;
+mod docs;
 mod fsck;
 mod kills;
 mod node_loss;
