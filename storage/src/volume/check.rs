@@ -68,7 +68,10 @@ fn try_bases(branch: &Path) -> Result<BTreeSet<LayerId>> {
     let uppers = branch.join("uppers");
     for entry in fs::read_dir(&uppers).on("list", &uppers)? {
         // The next upper names the new layer before that layer has its name.
-        bases.insert(journal::read_header(&entry.on("list", &uppers)?.path().join("journal"))?.base);
+        let journal = entry.on("list", &uppers)?.path().join("journal");
+        if journal::is_begun(&journal)? {
+            bases.insert(journal::read_header(&journal)?.base);
+        }
     }
     Ok(bases)
 }
@@ -152,6 +155,11 @@ fn follow(dirs: &VolumeDirs, recorded: State, looked: &mut Looked) -> Result<(St
             looked.pending.insert(layer);
         }
         state = State::new(layer, state.upper + 1);
+        let next = Header { upper: state.upper, base: layer };
+        if !journal::is_begun(&path(next.upper)).map_err(|error| fault(path(next.upper), error))? {
+            // Opening makes it again: nothing was promised in it.
+            return Ok((state, Contents { header: next, records: Vec::new(), end: 0 }));
+        }
     }
 }
 

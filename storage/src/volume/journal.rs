@@ -132,13 +132,12 @@ struct SyncTurn {
 }
 
 impl Journal {
-    /// Makes the file with nothing but its header, and syncs it (not its directory).
+    /// Makes the file with nothing but its header, not synced.
     pub(super) fn create(path: &Path, header: Header) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).on("create", path)?;
         let bytes = encode_header(header);
         file.write_all_at(&bytes, 0).on("write", path)?;
-        file.sync_all().on("sync", path)?;
-        Ok(Self::new(file, &bytes, HEADER_BYTES))
+        Ok(Self::new(file, &bytes, HEADER_BYTES, 0))
     }
 
     /// Opens a journal whose contents were read; cuts off what is after them, and syncs the rest. The header is on disk
@@ -149,13 +148,13 @@ impl Journal {
             file.set_len(contents.end).on("truncate", path)?;
             file.sync_all().on("sync", path)?;
         }
-        Ok(Self::new(file, &encode_header(contents.header), contents.end))
+        Ok(Self::new(file, &encode_header(contents.header), contents.end, contents.end))
     }
 
-    fn new(file: File, header: &[u8], end: u64) -> Self {
+    fn new(file: File, header: &[u8], end: u64, synced: u64) -> Self {
         let salt = header[40..48].try_into().expect("eight bytes");
         let tail = Mutex::new(Tail { end, reserved: end, broken: None, buffer: Vec::with_capacity(256) });
-        Self { file, salt, tail, synced: AtomicU64::new(end), sync_turn: Mutex::default() }
+        Self { file, salt, tail, synced: AtomicU64::new(synced), sync_turn: Mutex::default() }
     }
 
     /// Whether nothing was ever recorded.
@@ -433,6 +432,20 @@ impl<'a> Fields<'a> {
     fn name(&mut self) -> Option<Vec<u8>> {
         let length = u16::from_le_bytes(self.take(2)?.try_into().expect("two bytes"));
         self.take(usize::from(length)).map(<[u8]>::to_vec)
+    }
+}
+
+/// Whether there is a journal with a header, good or bad. One without was being made, and nothing was ever promised of
+/// it: a header lies in one sector, which is written whole or not at all.
+pub(super) fn is_begun(path: &Path) -> Result<bool> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file.on("open", path)?,
+    };
+    let mut bytes = [0; HEADER_BYTES as usize];
+    match file.read_exact_at(&mut bytes, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.on("read", path).map(|()| bytes.iter().any(|&byte| byte != 0)),
     }
 }
 

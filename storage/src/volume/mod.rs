@@ -161,7 +161,8 @@ impl Volume {
         for record in first(&manifest) {
             upper.journal.append(&record).on("append to the journal of", &dirs.branch)?;
         }
-        upper.journal.sync().on("sync the journal of", &dirs.branch)?;
+        upper.place().on("sync the upper of", &dirs.branch)?;
+        sync_dir(&dirs.branch)?;
         let layer = dirs.layers.join(base.to_string());
         wal::seed(&layer.join("wal"), &dirs.wal(), &manifest.image)?;
         let roles = dirs.branch.join("roles.json");
@@ -209,6 +210,9 @@ impl Volume {
         let mut found = BTreeMap::new();
         for entry in fs::read_dir(&uppers).on("list", &uppers)? {
             let path = entry.on("list", &uppers)?.path().join("journal");
+            if !journal::is_begun(&path)? {
+                continue;
+            }
             let contents = match journal::read(&path) {
                 // Renamed meanwhile, or never made.
                 Err(Error::Local { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
@@ -303,7 +307,7 @@ impl Volume {
         let _turn = self.turn.lock();
         let begun = self.pending.lock().iter().find(|pending| pending.layer == id).cloned();
         if let Some(pending) = begun {
-            pending.upper.journal.sync().on("seal", &self.dirs.branch)?;
+            pending.upper.settle().on("seal", &self.dirs.branch)?;
             return Ok(Sealed { layer: id, new: true });
         }
         if seal::is_layer(&self.dirs.layers, id) {
@@ -318,7 +322,7 @@ impl Volume {
         }
         let sealed = self.switch(id)?;
         self.pending.lock().push_back(Pending { upper: sealed.clone(), layer: id });
-        sealed.journal.sync().on("seal", &self.dirs.branch)?;
+        sealed.settle().on("seal", &self.dirs.branch)?;
         metrics::counter!("ebb_storage_volume_seals_total").increment(1);
         Ok(Sealed { layer: id, new: true })
     }
@@ -365,6 +369,9 @@ impl Volume {
     /// Steps 5 to 7.
     fn finish(&self, sealed: &Upper, layer: LayerId) -> Result<()> {
         let base = self.base();
+        let (upper, others) = self.core.uppers();
+        let next = others.into_iter().chain([upper]).find(|next| next.number == sealed.number + 1);
+        next.map_or(Ok(()), |next| next.place()).on("sync the upper of", &self.dirs.branch)?;
         if dir_of(&self.dirs.branch, sealed.number).exists() {
             sealed.sync_all(&self.dirs.branch)?;
         }
@@ -449,6 +456,10 @@ fn finish_seals(dirs: &VolumeDirs, recorded: State) -> Result<(State, journal::C
             }
             return Ok((state, contents));
         };
+        let next = Header { upper: state.upper + 1, base: layer };
+        if !journal::is_begun(&path(next.upper))? {
+            Upper::create(&dirs.branch, next, 0)?.place().on("sync the upper of", &dirs.branch)?;
+        }
         // Nothing is written through this one, so its slot does not matter.
         Upper::open(&dirs.branch, &contents, 0)?.sync_all(&dirs.branch)?;
         seal::finish(dirs, state.upper, state.base, layer)?;

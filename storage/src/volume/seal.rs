@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! 1  hold the WAL there is, and roles.json                       nothing has happened yet
-//! 2  make uppers/<n+1>, synced; its journal names the new layer
+//! 2  make uppers/<n+1>; its journal names the new layer
 //! 3  append WalEnd and Seal to the journal of uppers/<n>, switch writers wait for this: a few small reads and writes
 //! 4  hold the WAL again; sync the journal of uppers/<n>          whoever asked for the seal is answered
-//! 5  sync uppers/<n>; write wal/ and manifest into it, synced
+//! 5  sync uppers/<n+1>, then uppers/<n>; write wal/ and manifest into it, synced
 //! 6  rename uppers/<n> to layers/<layer id>                      the layer exists, whole
 //! 7  volume.json names the layer and uppers/<n+1>
 //! ```
@@ -13,7 +13,7 @@
 //! Steps 5 to 7 are done in the background, for one seal after the other; there may be more of them waiting.
 //!
 //! **Crash**: before 3 is on disk, the seal did not happen: `uppers/<n>` is the upper, `uppers/<n+1>` is deleted. After
-//! it, [`finish`] does 5 to 7 (again) when the volume is opened. Each of them can be done any number of times. What the
+//! it, `uppers/<n+1>` is made again if it is not there, and [`finish`] does 5 to 7 (again) when the volume is opened. Each of them can be done any number of times. What the
 //! layer holds was settled by 3: the WAL is cut where it ended then, whenever it is copied.
 
 use std::fs::{self, File};

@@ -36,6 +36,10 @@ pub(super) struct Upper {
     /// Its place in the page maps.
     pub slot: u32,
     pub journal: Journal,
+    /// Where it is until it becomes a layer.
+    dir: PathBuf,
+    /// The directory itself. See [`Upper::place`].
+    placed: Syncs,
     data: OwnedFd,
     /// The names in `data/`.
     names: Syncs,
@@ -86,6 +90,11 @@ impl Syncs {
         Ok(())
     }
 
+    /// Counts of something that was just made.
+    pub(super) fn changed_once() -> Self {
+        Self { changes: AtomicU64::new(1), ..Self::default() }
+    }
+
     /// Counts of something that is on disk from the start.
     pub(super) fn synced() -> Self {
         Self { changes: AtomicU64::new(1), synced: AtomicU64::new(1), turn: Mutex::default() }
@@ -103,33 +112,33 @@ pub(super) fn dir_of(branch: &Path, number: u64) -> PathBuf {
 }
 
 impl Upper {
-    /// Makes an empty upper, synced, in a directory that may be left over from an attempt cut short.
+    /// Makes an empty upper, in a directory that may be left over from an attempt cut short. Not synced: see
+    /// [`Upper::place`].
     pub(super) fn create(branch: &Path, header: Header, slot: u32) -> Result<Self> {
         let dir = dir_of(branch, header.upper);
         remove_dir(&dir)?;
         let data = dir.join("data");
         fs::create_dir_all(&data).on("create", &data)?;
         let journal = Journal::create(&dir.join("journal"), header)?;
-        for path in [data.as_path(), &dir, &branch.join("uppers"), branch] {
-            sync_dir(path)?;
-        }
-        Self::new(&dir, header.upper, slot, journal)
+        Self::new(dir, header.upper, slot, journal, Syncs::changed_once())
     }
 
     /// Opens one whose journal was read.
     pub(super) fn open(branch: &Path, contents: &Contents, slot: u32) -> Result<Self> {
         let dir = dir_of(branch, contents.header.upper);
         let journal = Journal::open(&dir.join("journal"), contents)?;
-        Self::new(&dir, contents.header.upper, slot, journal)
+        Self::new(dir, contents.header.upper, slot, journal, Syncs::synced())
     }
 
-    fn new(dir: &Path, number: u64, slot: u32, journal: Journal) -> Result<Self> {
+    fn new(dir: PathBuf, number: u64, slot: u32, journal: Journal, placed: Syncs) -> Result<Self> {
         let path = dir.join("data");
         let data = open_dir(&path).on("open", &path)?;
         Ok(Self {
             number,
             slot,
             journal,
+            dir,
+            placed,
             data,
             names: Syncs::default(),
             dead: Mutex::default(),
@@ -197,8 +206,29 @@ impl Upper {
         }
     }
 
+    /// Brings the directory with its empty journal to disk.
+    ///
+    /// CRASH: Until then a power cut may take the upper away. That loses nothing: nothing in it was promised, and one
+    /// that the journal before it leads to is made again when the volume is opened. So this comes before any promise,
+    /// and before that journal's upper becomes a layer and takes the way to this one with it.
+    pub(super) fn place(&self) -> Result<(), Errno> {
+        self.placed.sync(|| {
+            self.journal.sync()?;
+            let uppers = self.dir.parent().ok_or_else(|| io::Error::other("an upper lies in uppers/"))?;
+            rustix::fs::fsync(&self.data)?;
+            [self.dir.as_path(), uppers].into_iter().try_for_each(|path| File::open(path)?.sync_all())
+        })
+    }
+
+    /// Brings the journal to disk, with the seal that it ends with.
+    pub(super) fn settle(&self) -> Result<(), Errno> {
+        self.place()?;
+        self.journal.sync()
+    }
+
     /// Syncs the journal and the names of data files.
     pub(super) fn sync_names(&self) -> Result<(), Errno> {
+        self.place()?;
         self.names.sync(|| Ok(rustix::fs::fsync(&self.data)?))?;
         let dead = std::mem::take(&mut *self.dead.lock());
         let synced = self.journal.sync();

@@ -107,7 +107,7 @@ async fn what_a_node_has_of_volumes_and_layers_is_told() {
     let machine = Machine::new().await;
     let (node, line) = (&machine.node, machine.line(0));
     assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::new());
-    node.ensure_volume(&line).await.unwrap();
+    node.ensure_volume(&line, false).await.unwrap();
     assert_eq!(node.local_branches().await.unwrap(), BTreeSet::from([line.branch]));
     assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::from([machine.base]));
     assert_eq!(node.whole_chain(machine.base).await.unwrap(), [machine.base]);

@@ -241,6 +241,29 @@ fn a_seal_is_finished_from_wherever_it_stopped() {
 }
 
 #[test]
+fn a_seal_happened_also_if_the_next_upper_was_lost() {
+    for loss in 0..3 {
+        let (node, volume, ino) = with_table();
+        let layer = switched(&node, &volume, ino);
+        drop(volume);
+        let next = upper_dir(&node, 2);
+        match loss {
+            0 => std::fs::remove_dir_all(next).unwrap(),
+            1 => set_length(&next.join("journal"), 0),
+            _ => lose(&next.join("journal"), 0, 4096),
+        }
+        assert_eq!(crate::volume::Volume::pending(&node.dirs(0)).unwrap(), [layer]);
+        let volume = reopen(&node);
+        assert_eq!(volume.base(), layer);
+        assert_eq!(read_all(&volume, ino)[..2 * BLOCK as usize], [[2; BLOCK as usize], [1; BLOCK as usize]].concat());
+        volume.core.write(ino, 0, &[4; 10]).unwrap();
+        volume.core.sync_file(ino).unwrap();
+        drop(volume);
+        assert_eq!(read_all(&reopen(&node), ino)[..10], [4; 10]);
+    }
+}
+
+#[test]
 fn a_seal_whose_record_was_lost_did_not_happen() {
     let (node, volume, ino) = with_table();
     let journal = upper_dir(&node, 1).join("journal");
