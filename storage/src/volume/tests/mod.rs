@@ -4,6 +4,7 @@ mod behaviour;
 mod crash;
 mod model;
 mod mount;
+mod posix;
 mod postgres;
 mod power;
 mod threads;

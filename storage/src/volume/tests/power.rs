@@ -57,6 +57,8 @@ struct History {
     workers: Vec<Worker>,
     /// With its contents, if nobody wrote while it was sealed.
     sealed: Vec<(LayerId, Option<Contents>)>,
+    /// Seals that have happened, whose layers may not be complete: what may be found in them.
+    begun: Vec<(LayerId, Worker)>,
     /// A seal that failed: nobody knows whether it happened.
     maybe: Option<LayerId>,
 }
@@ -68,7 +70,7 @@ impl History {
         machine.disk.sync_all();
         let workers = (0..workers).map(|n| Worker::new(&volume, &format!("w{n}"), seed * 10 + n)).collect();
         let sealed = vec![(node.empty, Some(Contents::new()))];
-        Self { node, volume: Some(volume), workers, sealed, maybe: None }
+        Self { node, volume: Some(volume), workers, sealed, begun: Vec::new(), maybe: None }
     }
 
     fn volume(&self) -> &Arc<Volume> {
@@ -93,6 +95,29 @@ impl History {
         }
     }
 
+    /// Seals, and leaves the layer for later.
+    fn begin_seal(&mut self) -> Went {
+        let id = LayerId::generate();
+        match self.volume().begin_seal(id) {
+            Ok(sealed) => {
+                if sealed.new {
+                    let witness = self.workers[0].seal_begun();
+                    self.begun.push((id, witness));
+                    self.sealed.push((id, None));
+                }
+                Went::On
+            }
+            Err(_) => {
+                self.maybe = Some(id);
+                Went::DiskFailed
+            }
+        }
+    }
+
+    fn finish_seals(&self) -> Went {
+        if self.volume().finish_seals().is_ok() { Went::On } else { Went::DiskFailed }
+    }
+
     /// The machine goes down with everything on it, and comes back.
     fn cut_power(&mut self, machine: &Machine, rng: &mut StdRng) {
         machine.disk.stop();
@@ -105,6 +130,12 @@ impl History {
             self.sealed.push((volume.base(), None));
         }
         self.workers.iter_mut().for_each(|worker| worker.found(&volume));
+        for (layer, mut witness) in self.begun.drain(..) {
+            let dirs = self.node.dirs(usize::MAX);
+            Volume::create(&dirs, layer).unwrap();
+            witness.found(&Volume::open(&dirs).unwrap());
+            Volume::remove(&dirs).unwrap();
+        }
         self.volume = Some(volume);
     }
 
@@ -133,8 +164,10 @@ fn a_power_cut_at_any_moment_takes_only_what_was_not_synced() {
             }
             for _ in 0..rng.random_range(1..60) {
                 let volume = history.volume().clone();
-                let went = match rng.random_range(0..16) {
+                let went = match rng.random_range(0..24) {
                     0 => history.seal(),
+                    1 => history.begin_seal(),
+                    2 => history.finish_seals(),
                     _ => history.workers[0].step(&volume),
                 };
                 if went == Went::DiskFailed {

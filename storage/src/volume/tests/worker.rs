@@ -276,6 +276,20 @@ impl Worker {
         Went::On
     }
 
+    /// A seal has happened, though its layer is not complete. Answers somebody who knows what is in it.
+    pub(super) fn seal_begun(&mut self) -> Self {
+        self.names_synced();
+        Self {
+            dir: self.dir,
+            name: self.name.clone(),
+            rng: StdRng::seed_from_u64(0),
+            names: self.names.clone(),
+            files: self.files.clone(),
+            held: Vec::new(),
+            disk_may_fail: false,
+        }
+    }
+
     /// Everything so far is on the disk, in a layer.
     pub(super) fn sealed(&mut self) {
         self.names_synced();
