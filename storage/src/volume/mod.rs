@@ -56,7 +56,7 @@ use rustix::io::Errno;
 
 use self::core::Core;
 use self::image::Image;
-use self::journal::{Header, Record};
+use self::journal::{Header, Record, WalEnd};
 use self::seal::State;
 use self::slots::{Slots, open_dir};
 use self::upper::{Upper, dir_of, remove_dir, sync_dir};
@@ -80,6 +80,8 @@ pub struct Volume {
     pending: Mutex<VecDeque<Pending>>,
     /// The newest complete layer, and what its control file says. Written under `finishing`.
     base: Mutex<Base>,
+    /// Where the WAL ended at the last seal since the volume was opened.
+    sealed_end: Mutex<Option<WalEnd>>,
     /// Locked while the volume is open.
     _lock: File,
 }
@@ -275,6 +277,7 @@ impl Volume {
             finishing: Mutex::default(),
             pending: Mutex::default(),
             base: Mutex::new(Base { layer: state.base, info: manifest.image }),
+            sealed_end: Mutex::default(),
             _lock: lock,
         }))
     }
@@ -344,6 +347,7 @@ impl Volume {
                 tracing::error!(%error, "the end of WAL cannot be found");
                 Errno::IO
             })?;
+            self.sealed_end.lock().clone_from(&end);
             Ok(end.map(Record::WalEnd).into_iter().chain([Record::Seal { layer: id }]).collect())
         };
         let sealed = self.core.switch(next, last_words).on("seal", branch)?;
@@ -406,6 +410,12 @@ impl Volume {
     }
 
     fn has_new_wal(&self) -> Result<bool> {
+        let info = self.base.lock().info;
+        let end = wal::end(&self.dirs.wal(), &info)?;
+        if self.sealed_end.lock().as_ref().is_some_and(|sealed| Some(sealed) != end.as_ref()) {
+            return Ok(true);
+        }
+        // The same end is no proof: after a crash WAL lies over pages of a former end.
         self.finish_seals()?;
         let base = *self.base.lock();
         let layer = self.dirs.layers.join(base.layer.to_string());
@@ -457,7 +467,9 @@ fn finish_seals(dirs: &VolumeDirs, recorded: State) -> Result<(State, journal::C
             return Ok((state, contents));
         };
         let next = Header { upper: state.upper + 1, base: layer };
-        if !journal::is_begun(&path(next.upper))? {
+        if journal::is_begun(&path(next.upper))? {
+            upper::place(&dir_of(&dirs.branch, next.upper)).on("sync the upper of", &dirs.branch)?;
+        } else {
             Upper::create(&dirs.branch, next, 0)?.place().on("sync the upper of", &dirs.branch)?;
         }
         // Nothing is written through this one, so its slot does not matter.

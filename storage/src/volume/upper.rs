@@ -212,12 +212,7 @@ impl Upper {
     /// that the journal before it leads to is made again when the volume is opened. So this comes before any promise,
     /// and before that journal's upper becomes a layer and takes the way to this one with it.
     pub(super) fn place(&self) -> Result<(), Errno> {
-        self.placed.sync(|| {
-            self.journal.sync()?;
-            let uppers = self.dir.parent().ok_or_else(|| io::Error::other("an upper lies in uppers/"))?;
-            rustix::fs::fsync(&self.data)?;
-            [self.dir.as_path(), uppers].into_iter().try_for_each(|path| File::open(path)?.sync_all())
-        })
+        self.placed.sync(|| place(&self.dir))
     }
 
     /// Brings the journal to disk, with the seal that it ends with.
@@ -270,6 +265,13 @@ impl Upper {
         sync_dir(&data)?;
         self.sync_names().on("sync", &data)
     }
+}
+
+/// Syncs an upper's directory, and the way to it, with the journal as it is.
+pub(super) fn place(dir: &Path) -> io::Result<()> {
+    let uppers = dir.parent().ok_or_else(|| io::Error::other("an upper lies in uppers/"))?;
+    let paths = [&dir.join("journal"), &dir.join("data"), dir, uppers];
+    paths.into_iter().try_for_each(|path| File::open(path)?.sync_all())
 }
 
 /// Makes a data file of a given logical size.
