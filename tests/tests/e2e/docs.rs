@@ -18,8 +18,8 @@ fn metrics_in(text: &str) -> impl Iterator<Item = String> {
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in fs::read_dir(dir).expect("a crate's sources can be listed") {
+        let path = entry.expect("a crate's sources can be listed").path();
         if path.is_dir() {
             sources(&path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
