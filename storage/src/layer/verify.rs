@@ -15,6 +15,7 @@ use super::{BLOCK_BYTES, Ino, InodeKind, Manifest, Run};
 use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
 use crate::object_store::Bucket;
+use crate::pg_files;
 
 /// The manifest in a layer's object. Reads that, the index and the footer, and checks them; pages are not touched.
 ///
@@ -126,8 +127,10 @@ struct OwnFile {
 impl Local {
     fn open(dir: &Path, of: &Opened<'_>) -> Result<Self> {
         let own_slot = of.manifest.own_slot();
+        let dispensable = pg_files::dispensable(&of.manifest);
         let mut files = HashMap::new();
-        for inode in &of.manifest.inodes {
+        // What Postgres does not want back may be in the object or not, and be zeroes here or not.
+        for inode in of.manifest.inodes.iter().filter(|inode| !dispensable.contains(&inode.ino)) {
             let InodeKind::File { size, runs } = &inode.kind else { continue };
             let runs: Vec<Run> = runs.iter().filter(|run| run.slot == own_slot).copied().collect();
             if let Some(last) = runs.last() {

@@ -68,9 +68,14 @@ fn try_bases(branch: &Path) -> Result<BTreeSet<LayerId>> {
     let uppers = branch.join("uppers");
     for entry in fs::read_dir(&uppers).on("list", &uppers)? {
         // The next upper names the new layer before that layer has its name.
-        let journal = entry.on("list", &uppers)?.path().join("journal");
+        let upper = entry.on("list", &uppers)?.path();
+        let journal = upper.join("journal");
         if journal::is_begun(&journal)? {
             bases.insert(journal::read_header(&journal)?.base);
+        } else {
+            // What a kill left of one being made names nothing. One that is not there has become a layer since it was
+            // listed, and what it named must be found at another look.
+            fs::metadata(&upper).on("read", &upper)?;
         }
     }
     Ok(bases)
@@ -261,5 +266,33 @@ fn wal(wal: &Path, info: &ImageInfo, faults: &mut Vec<Fault>) {
         Err(_) => {
             faults.push(Fault::Missing { path, why: format!("recovery begins in it, at {}", info.redo) });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::upper::Upper;
+
+    #[test]
+    fn an_upper_that_was_never_finished_names_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let branch = dir.path();
+        assert_eq!(bases(branch).unwrap(), BTreeSet::new());
+        let (base, next) = (LayerId::for_test(1), LayerId::for_test(2));
+        State::new(base, 3).write(branch).unwrap();
+        Upper::create(branch, Header { upper: 3, base }, 0).unwrap();
+        assert_eq!(bases(branch).unwrap(), BTreeSet::from([base]));
+        // A seal in the middle.
+        Upper::create(branch, Header { upper: 4, base: next }, 0).unwrap();
+        assert_eq!(bases(branch).unwrap(), BTreeSet::from([base, next]));
+        // What kills leave of making one.
+        fs::create_dir(dir_of(branch, 5)).unwrap();
+        fs::create_dir(dir_of(branch, 6)).unwrap();
+        fs::write(dir_of(branch, 6).join("journal"), [0; 20]).unwrap();
+        assert_eq!(bases(branch).unwrap(), BTreeSet::from([base, next]));
+        // A journal that was damaged may have named something.
+        fs::write(dir_of(branch, 4).join("journal"), [7; 48]).unwrap();
+        assert!(bases(branch).is_err());
     }
 }
