@@ -115,6 +115,10 @@ impl World {
         if volume.dirty {
             let mut chain = self.layers[&volume.base].0.clone();
             assert!(!self.layers.contains_key(&id), "a layer was sealed twice with other content");
+            // As real ones do, chains lose layers of which no page is left.
+            if chain.len() > 3 {
+                chain.remove(1);
+            }
             chain.push(id);
             self.layers.insert(id, (chain, volume.rows.clone()));
             volume.base = id;

@@ -14,6 +14,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::api::types::Verdict;
+use crate::node::Node as _;
 use crate::service::fake::{FakeNode, Rig, Rows, TEMPLATE};
 
 fn caller() -> Caller {
@@ -317,10 +318,16 @@ async fn a_deleted_branch_that_a_node_still_has_goes() {
         |line| crate::service::fake::FakeVolume { line, base: TEMPLATE, rows: Rows::new(), dirty: true, running: None };
     let strange = BranchId::for_test(5);
     rig.node.0.lock().volumes.extend([(id, volume(0)), (strange, volume(0))]);
+    // What it lies on stays, though no ledger knows that either, and the bucket has it.
+    let under = LayerId::for_test(77);
+    rig.node.0.lock().layers.insert(under, (vec![TEMPLATE, under], Rows::new()));
+    rig.node.upload(under).await.unwrap();
+    rig.node.0.lock().volumes.get_mut(&strange).unwrap().base = under;
     assert_eq!(collect(&service).await.local_branches, 1);
     let world = rig.node.0.lock();
     assert!(!world.volumes.contains_key(&id), "a ledger says that it was deleted");
     assert!(world.volumes.contains_key(&strange), "no ledger knows it: it may be another bucket's");
+    assert!(world.layers.contains_key(&under), "a volume lies on it");
 }
 
 /// A bucket that dies at its n-th call: before the call has any effect, or after.
