@@ -1,10 +1,11 @@
 //! What one machine holds of the bucket: its layers, as sparse files under `layers/`.
 //!
-//! **Invariants**: a directory `layers/<layer id>` with a `manifest` in it is that layer, whole and synced. It comes
-//! into being under another name and gets its own by one rename; it loses its name before anything in it is deleted.
+//! **Invariants**: a directory `layers/<layer id>` with a `manifest` in it is that layer, whole and synced, unless it also
+//! has an `index`: then it is partial, and lacks frames that are fetched when they are needed (see [`crate::layer`]). It
+//! comes into being under another name and gets its own by one rename; it loses its name before anything in it is deleted.
 //!
 //! **Crash**: what was half fetched, imported, packed or deleted is left under a name beginning with a dot, and
-//! [`NodeStore::remove_leftovers`] deletes it.
+//! [`NodeStore::remove_leftovers`] deletes it; and partial layers of an earlier run of this machine, which were not synced.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
@@ -19,13 +20,15 @@ use parking_lot::Mutex;
 
 use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
-use crate::layer::{self, Manifest};
+use crate::layer::{self, BootSet, LazyLayers, Manifest, Origin};
 use crate::object_store::Bucket;
 
+mod cache;
 mod export;
 mod import;
 mod keep;
 
+pub use cache::Trimmed;
 pub(crate) use keep::names_in;
 pub use keep::{local_branches, upper_bytes, volume_bases};
 
@@ -37,6 +40,7 @@ const PARALLEL_FETCHES: usize = 4;
 pub struct NodeStore {
     layers_dir: PathBuf,
     bucket: Bucket,
+    lazy: Arc<LazyLayers>,
     /// One lock per layer that somebody is fetching, uploading or deleting now.
     turns: Arc<Mutex<HashMap<LayerId, Arc<tokio::sync::Mutex<()>>>>>,
 }
@@ -53,7 +57,14 @@ pub struct Uploaded {
 impl NodeStore {
     /// `data_dir/layers` over a bucket.
     pub fn new(data_dir: &Path, bucket: Bucket) -> Self {
-        Self { layers_dir: data_dir.join("layers"), bucket, turns: Arc::default() }
+        let layers_dir = data_dir.join("layers");
+        let lazy = LazyLayers::new(&layers_dir, Origin::Bucket(bucket.clone()));
+        Self { layers_dir, bucket, lazy, turns: Arc::default() }
+    }
+
+    /// The layers of this node and where to get what is missing: for volumes in this process.
+    pub fn lazy_layers(&self) -> &Arc<LazyLayers> {
+        &self.lazy
     }
 
     /// Where all layers of this node are: volumes need it.
@@ -85,7 +96,20 @@ impl NodeStore {
             .map(drop)
     }
 
-    /// The manifest of a layer that is local.
+    /// Makes an image ready to be started from, with as few requests as possible: its own layer's manifest, WAL and
+    /// roles are here, its boot set too if there is one, and a volume that has a source fetches pages as they are read.
+    /// The layers below are not touched. Single-flighted.
+    ///
+    /// # Errors
+    /// `NoSuchLayer` when the layer is neither here nor in the bucket; `Corrupt` when what was read does not check.
+    pub async fn ensure_openable(&self, layer: LayerId) -> Result<()> {
+        if self.is_local(layer).await? {
+            return Ok(());
+        }
+        self.lazy.ensure_openable(layer).await
+    }
+
+    /// The manifest of a layer that is local, whole or not.
     ///
     /// # Errors
     /// `NoSuchLayer` when it is not.
@@ -107,6 +131,7 @@ impl NodeStore {
         if !self.is_local(layer).await? {
             return Err(Error::NoSuchLayer(layer));
         }
+        self.upload_boot_set(layer).await?;
         let scratch = Scratch::new(&self.layers_dir, "pack", layer);
         let (layer_dir, file) = (self.layer_dir(layer), scratch.path.clone());
         let packed = blocking::run(move || layer::pack(layer, &layer_dir, &file)).await?;
@@ -114,6 +139,25 @@ impl NodeStore {
         metrics::counter!("ebb_storage_layer_packed_raw_bytes_total").increment(packed.raw_bytes);
         metrics::counter!("ebb_storage_layer_packed_object_bytes_total").increment(packed.object_bytes);
         Ok(packed.into())
+    }
+
+    /// Uploads the boot set that was made with a layer, if one was. Before the layer: whoever finds that finds this.
+    async fn upload_boot_set(&self, layer: LayerId) -> Result<()> {
+        let path = self.layer_dir(layer).join("boot");
+        let read = blocking::run(move || match fs::read(&path) {
+            Ok(bytes) => BootSet::decode(&format!("boot set {path:?}"), &bytes).map(|_| Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).on("read", &path),
+        });
+        match read.await {
+            Ok(Some(bytes)) => self.bucket.put(&layer::boot_key(layer), bytes.into()).await,
+            Ok(None) => Ok(()),
+            // A crash may have torn it. The layer is worth keeping without.
+            Err(error) => {
+                tracing::warn!(%layer, %error, "a boot set is not uploaded");
+                Ok(())
+            }
+        }
     }
 
     /// Makes a layer with no chain below it out of a plain, cleanly shut down data directory (`pg_wal` inside).
@@ -155,6 +199,7 @@ impl NodeStore {
     pub async fn remove_local(&self, layer: LayerId) -> Result<()> {
         let _turn = self.turn(layer).await;
         let (dir, scratch) = (self.layer_dir(layer), Scratch::new(&self.layers_dir, "remove", layer));
+        self.lazy.forget(layer);
         blocking::run(move || match fs::rename(&dir, &scratch.path) {
             Ok(()) => fs::remove_dir_all(&scratch.path).on("remove", &scratch.path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -171,17 +216,26 @@ impl NodeStore {
         if self.is_local(layer).await? {
             return Ok(());
         }
+        if self.layer_dir(layer).join("manifest").exists() {
+            return self.lazy.complete(layer).await;
+        }
         let layers_dir = self.layers_dir.clone();
         let scratch = blocking::run(move || Scratch::make_dir(&layers_dir, "fetch", layer)).await?;
         layer::fetch(&self.bucket, layer, &scratch.path).await?;
         metrics::counter!("ebb_storage_layers_fetched_total").increment(1);
         let dir = self.layer_dir(layer);
-        blocking::run(move || scratch.publish(&dir)).await
+        let published = blocking::run(move || scratch.publish(&dir)).await;
+        if published.is_err() && self.layer_dir(layer).join("manifest").exists() {
+            // A reader began to fetch it piece by piece meanwhile.
+            return self.lazy.complete(layer).await;
+        }
+        published
     }
 
+    /// Whether all of a layer is on this node.
     async fn is_local(&self, layer: LayerId) -> Result<bool> {
-        let manifest = self.layer_dir(layer).join("manifest");
-        tokio::fs::try_exists(&manifest).await.on("look for", &manifest)
+        let lazy = self.lazy.clone();
+        Ok(blocking::run(move || lazy.is_whole(layer)).await)
     }
 
     fn layer_dir(&self, layer: LayerId) -> PathBuf {
@@ -220,17 +274,17 @@ impl Drop for Turn {
 }
 
 /// A hidden file or directory beside the layers, removed when dropped unless it was published.
-struct Scratch {
-    path: PathBuf,
+pub(crate) struct Scratch {
+    pub(crate) path: PathBuf,
 }
 
 impl Scratch {
     /// Picks a name that nobody uses, also not a task that was cancelled and whose last blocking step still runs.
-    fn new(layers_dir: &Path, purpose: &str, layer: LayerId) -> Self {
+    pub(crate) fn new(layers_dir: &Path, purpose: &str, layer: LayerId) -> Self {
         Self { path: layers_dir.join(format!(".{purpose}-{layer}-{:08x}", rand::random::<u32>())) }
     }
 
-    fn make_dir(layers_dir: &Path, purpose: &str, layer: LayerId) -> Result<Self> {
+    pub(crate) fn make_dir(layers_dir: &Path, purpose: &str, layer: LayerId) -> Result<Self> {
         let make = |dir: &Path| DirBuilder::new().mode(0o700).recursive(true).create(dir).on("create", dir);
         make(layers_dir)?;
         let scratch = Self::new(layers_dir, purpose, layer);
@@ -274,7 +328,13 @@ fn remove_leftovers(layers_dir: &Path) -> Result<()> {
     };
     for entry in entries {
         let entry = entry.on("list", layers_dir)?;
-        if entry.file_name().to_str().is_some_and(is_leftover) {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let is_stale = || -> Result<bool> {
+            let Ok(layer) = name.parse() else { return Ok(false) };
+            Ok(layer::is_partial(&entry.path()) && layer::is_stale(layer, &entry.path())?)
+        };
+        if is_leftover(name) || is_stale()? {
             remove_any(&entry.path()).on("remove", &entry.path())?;
         }
     }

@@ -29,6 +29,8 @@ pub const COLLECT: &str = "collect";
 pub enum Object {
     /// A layer.
     Layer(LayerId),
+    /// The boot set of a layer: goes with it.
+    Boot(LayerId),
     /// The code of releases, by its BLAKE3.
     Artifact(String),
     /// A secret of a project.
@@ -51,6 +53,7 @@ impl Object {
         let mut parts = key.split('/');
         let found = match (parts.next(), parts.next(), parts.next(), parts.next()) {
             (Some("layers"), Some(id), None, _) => id.parse().ok().map(Object::Layer),
+            (Some("boot"), Some(id), None, _) => id.parse().ok().map(Object::Boot),
             (Some("artifacts"), Some(hash), None, _) => is_hash(hash).then(|| Object::Artifact(hash.to_owned())),
             (Some("secrets"), Some(id), Some(_), None) => id.parse().ok().map(Object::Secret),
             (Some("projects"), Some(id), Some("ledger"), Some(_)) => id.parse().ok().map(Object::Ledger),
@@ -251,6 +254,7 @@ mod tests {
         let hash = "a".repeat(64);
         for (key, object) in [
             (format!("layers/{layer}"), Object::Layer(layer)),
+            (format!("boot/{layer}"), Object::Boot(layer)),
             (format!("artifacts/{hash}"), Object::Artifact(hash.clone())),
             (format!("secrets/{project}/owner"), Object::Secret(project)),
             (format!("projects/{project}/ledger/00000000000000000001"), Object::Ledger(project)),

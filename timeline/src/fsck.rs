@@ -387,7 +387,7 @@ impl BucketCheck<'_> {
                 Object::Ledger(project) => made.contains(project),
                 Object::Secret(project) => catalog.projects.contains_key(project),
                 Object::Template(major) => major.parse::<u32>().is_ok(),
-                Object::Catalog | Object::Receipt => true,
+                Object::Catalog | Object::Receipt | Object::Boot(_) => true,
                 Object::Other => false,
             };
             if !kept {

@@ -187,7 +187,11 @@ impl LocalNode {
     }
 
     fn dirs(&self, branch: BranchId) -> VolumeDirs {
-        VolumeDirs { layers: self.store.layers_dir().to_owned(), branch: self.branch_dir(branch) }
+        VolumeDirs {
+            layers: self.store.layers_dir().to_owned(),
+            branch: self.branch_dir(branch),
+            source: Some(self.store.lazy_layers().clone()),
+        }
     }
 
     fn unit(&self, branch: BranchId) -> Option<Unit> {

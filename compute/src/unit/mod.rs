@@ -94,7 +94,7 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
         lock,
         log: branch_dir.join(files::LOG),
     };
-    let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned() };
+    let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned(), source: None };
     Owner::new(spec, dirs, house, plan, stages).run()
 }
 

@@ -64,7 +64,7 @@ impl Node {
     }
 
     pub fn dirs(&self, spec: &UnitSpec) -> VolumeDirs {
-        VolumeDirs { layers: spec.layers_dir.clone(), branch: spec.branch_dir.clone() }
+        VolumeDirs { layers: spec.layers_dir.clone(), branch: spec.branch_dir.clone(), source: None }
     }
 
     /// A new branch with a volume.

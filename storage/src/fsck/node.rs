@@ -120,7 +120,7 @@ impl<'a> NodeCheck<'a> {
         checked: &mut Checked,
         progress: &(dyn Fn(&str) + Sync),
     ) -> Result<()> {
-        let dirs = VolumeDirs { layers: self.layers_dir.clone(), branch: path.to_owned() };
+        let dirs = VolumeDirs { layers: self.layers_dir.clone(), branch: path.to_owned(), source: None };
         if !volume::Volume::exists(&dirs) {
             for name in ["uppers", "holes.new", "volume.new"] {
                 let left = path.join(name);
@@ -157,6 +157,10 @@ impl<'a> NodeCheck<'a> {
             for layer in chain {
                 if !checked.layers.contains_key(&layer) {
                     let found = self.missing(layer, branch).await?;
+                    // Layers below the newest are fetched when they are read.
+                    if layer != base && found.repair.is_some() {
+                        continue;
+                    }
                     if !checked.findings.iter().any(|known| known.object == found.object && known.kind == found.kind) {
                         checked.findings.push(found);
                     }
@@ -167,7 +171,7 @@ impl<'a> NodeCheck<'a> {
         Ok(())
     }
 
-    /// A layer that a volume lies on must be here, even if the bucket has it.
+    /// The layer that a volume lies on must be here, even if the bucket has it; those below here or in the bucket.
     async fn missing(&self, layer: LayerId, branch: BranchId) -> Result<Finding> {
         let whole = match self.bucket {
             Some(bucket) => matches!(super::check_layer(bucket, layer).await?, super::LayerState::Whole(_)),

@@ -85,7 +85,7 @@ impl Source<'_> {
         Error::Corrupt { what: self.what(), why }
     }
 
-    async fn read(&self, offset: u64, bytes: u64) -> Result<Bytes> {
+    pub(super) async fn read(&self, offset: u64, bytes: u64) -> Result<Bytes> {
         self.bucket.get_range(&object_key(self.id), offset..offset + bytes).await
     }
 
@@ -100,7 +100,7 @@ impl Source<'_> {
         Footer::decode(self.id, self.object_bytes, &bytes).map_err(|why| self.corrupt(why))
     }
 
-    fn check_length(&self) -> Result<()> {
+    pub(super) fn check_length(&self) -> Result<()> {
         if self.object_bytes < HEADER_BYTES + FOOTER_BYTES {
             return Err(self.corrupt(format!("it is cut short at {} bytes", self.object_bytes)));
         }
@@ -198,7 +198,7 @@ pub(super) fn check_frame(frame: &Frame, bytes: &[u8]) -> Result<(), String> {
 }
 
 /// Writes frames into the files of a layer. Every method blocks.
-struct Unpacker {
+pub(super) struct Unpacker {
     /// What to call the object in errors.
     what: String,
     into: PathBuf,
@@ -216,7 +216,7 @@ struct OpenFile {
 
 impl Unpacker {
     /// Makes all files, at their full length and without contents: pages that no frame holds are zeroes.
-    fn create<'a>(
+    pub(super) fn create<'a>(
         what: String,
         into: PathBuf,
         manifest: &Manifest,
@@ -243,6 +243,17 @@ impl Unpacker {
         Ok(Self { what, into, wal_paths, zstd, open: None })
     }
 
+    /// Goes on in a directory where [`Unpacker::create`] has made the files.
+    pub(super) fn over<'a>(
+        what: String,
+        into: PathBuf,
+        wal_files: impl Iterator<Item = &'a super::format::WalFile>,
+    ) -> Result<Self> {
+        let zstd = zstd::bulk::Decompressor::new().on("decompress into", &into)?;
+        let wal_paths = wal_files.map(|file| into.join("wal").join(&file.name)).collect();
+        Ok(Self { what, into, wal_paths, zstd, open: None })
+    }
+
     fn frames(&mut self, frames: &[Frame], mut bytes: &[u8]) -> Result<()> {
         for frame in frames {
             let split = bytes.split_at_checked(frame.object_bytes as usize);
@@ -253,7 +264,8 @@ impl Unpacker {
         Ok(())
     }
 
-    fn frame(&mut self, frame: &Frame, packed: &[u8]) -> Result<()> {
+    /// Checks a frame, and writes what is in it.
+    pub(super) fn frame(&mut self, frame: &Frame, packed: &[u8]) -> Result<()> {
         check_frame(frame, packed).map_err(|why| self.corrupt(why))?;
         let Some(raw_bytes) = frame.content.raw_bytes() else { return Ok(()) };
         let raw = self.zstd.decompress(packed, raw_bytes);

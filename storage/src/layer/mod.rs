@@ -16,18 +16,30 @@
 //!   roles.json      SCRAM verifiers by role, as the compute last published them
 //! ```
 //!
+//! A layer may be *partial*: a directory like this with holes where frames are missing, and beside it what is needed to
+//! fetch them. See `partial` for what is on disk, and [`LazyLayers`] for who fetches.
+//!
 //! In the bucket: one object `layers/<layer id>`, specified in `docs/formats/layer.md`.
 
+mod boot;
 mod codec;
 mod fetch;
 mod format;
+mod lazy;
+mod lead;
 mod manifest;
 mod pack;
+mod partial;
 mod verify;
 
+pub use boot::boot_key;
+pub(crate) use boot::{BootSet, PAGES_MAX as BOOT_PAGES_MAX};
 pub(crate) use fetch::{fetch, object_key, packed_in, sync_file_system};
+pub(crate) use lazy::Found;
+pub use lazy::{Fetched, LazyLayers, Origin};
 pub(crate) use manifest::pages_of;
 pub(crate) use pack::{Packed, is_zero, pack, read_pages, wal_files_in};
+pub(crate) use partial::{Partial, is_partial, is_stale, share_lock};
 pub(crate) use verify::{compare, manifest_in, verify};
 
 use ebb_types::{LayerId, Lsn};

@@ -11,6 +11,7 @@ use ebb_types::LayerId;
 use super::fetch::{Source, check_frame, check_pieces, chunks, data_path, object_key};
 use super::format::{Content, Frame, Index, Piece};
 use super::pack::{PAGE, is_zero, read_pages, wal_files_in};
+use super::partial::{Partial, is_partial, is_stale};
 use super::{BLOCK_BYTES, Ino, InodeKind, Manifest, Run};
 use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
@@ -35,14 +36,24 @@ pub(crate) async fn verify(bucket: &Bucket, id: LayerId) -> Result<Manifest> {
     Ok(opened.manifest)
 }
 
-/// Compares the local copy of a layer, in `dir`, with its object, which is verified on the way. Answers what differs.
+/// Compares the local copy of a layer, in `dir`, with its object, which is verified on the way. Answers what differs. Of a
+/// partial copy what is here is compared; of one from an earlier run of this machine nothing is, as nothing of it is used.
 ///
 /// # Errors
 /// As [`verify`], about the object; `Local` when a local file cannot be read.
 pub(crate) async fn compare(bucket: &Bucket, id: LayerId, dir: &Path) -> Result<Vec<String>> {
     let opened = open(bucket, id).await?;
     let mut local = Local::open(dir, &opened)?;
-    opened.frames(&mut |content, raw| local.frame(content, raw)).await?;
+    let mut here = None;
+    if is_partial(dir) {
+        match is_stale(id, dir)? {
+            true => return Ok(Vec::new()),
+            false => here = Partial::open(id, dir)?,
+        }
+    }
+    let frames = (0..).zip(&opened.index.frames).filter(|(_, frame)| frame.content != Content::Manifest);
+    let mut is_here = frames.map(|(number, _)| here.as_ref().is_none_or(|partial| partial.has(number)));
+    opened.frames(&mut |content, raw| local.frame(content, raw, is_here.next() == Some(true))).await?;
     blocking::run(move || local.rest()).await
 }
 
@@ -143,9 +154,20 @@ impl Local {
         Ok(Self { dir: dir.to_owned(), manifest_bytes, files, wal, roles: false, open: None, faults: Vec::new() })
     }
 
-    /// Compares what a frame holds. Blocks for as long as it takes to read as much locally.
-    fn frame(&mut self, content: &Content, raw: &[u8]) -> Result<()> {
+    /// Compares what a frame holds, if it is here. Blocks for as long as it takes to read as much locally.
+    fn frame(&mut self, content: &Content, raw: &[u8], is_here: bool) -> Result<()> {
         match content {
+            Content::Pages(pieces) if !is_here => {
+                for piece in pieces {
+                    self.tell(piece);
+                }
+                Ok(())
+            }
+            Content::Roles { .. } if !is_here => {
+                self.roles = true;
+                Ok(())
+            }
+            _ if !is_here => Ok(()),
             Content::Pages(pieces) => self.pieces(pieces, raw, true),
             Content::Wal(pieces) => self.pieces(pieces, raw, false),
             Content::Roles { .. } => {
@@ -165,11 +187,8 @@ impl Local {
             raw = rest;
             let (path, size) = match data {
                 true => {
-                    let Some(file) = self.files.get_mut(&piece.file) else { continue };
-                    (piece.start..piece.start + piece.pages).for_each(|page| {
-                        file.told[page as usize / 64] |= 1 << (page % 64);
-                    });
-                    (data_path(&self.dir, piece.file), file.size)
+                    let Some(size) = self.tell(piece) else { continue };
+                    (data_path(&self.dir, piece.file), size)
                 }
                 false => match usize::try_from(piece.file).ok().and_then(|number| self.wal.get(number)) {
                     Some((name, size)) => (self.dir.join("wal").join(name), *size),
@@ -179,6 +198,13 @@ impl Local {
             self.compare(&path, size, piece.start, mine)?;
         }
         Ok(())
+    }
+
+    /// Notes that a frame holds these pages; answers the size of their file, if it is one to compare.
+    fn tell(&mut self, piece: &Piece) -> Option<u64> {
+        let file = self.files.get_mut(&piece.file)?;
+        (piece.start..piece.start + piece.pages).for_each(|page| file.told[page as usize / 64] |= 1 << (page % 64));
+        Some(file.size)
     }
 
     fn compare(&mut self, path: &Path, size: u64, start: u32, wanted: &[u8]) -> Result<()> {

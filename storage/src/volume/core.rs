@@ -20,6 +20,7 @@ use parking_lot::RwLock;
 use rustix::fs::StatVfs;
 use rustix::io::Errno;
 
+use super::boot::BootReads;
 use super::errno;
 use super::file::FileNode;
 use super::image::{Image, now_ns};
@@ -59,6 +60,8 @@ pub(super) enum AttrKind {
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) slots: Slots,
+    /// What is read while Postgres comes up.
+    pub(super) boot: BootReads,
     gate: RwLock<Gate>,
     names: RwLock<Names>,
     files: RwLock<HashMap<Ino, Arc<FileNode>>>,
@@ -104,6 +107,7 @@ impl Core {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
         Self {
             slots,
+            boot: BootReads::default(),
             gate: RwLock::new(Gate { upper: Arc::new(upper), sealed: Vec::new() }),
             names: RwLock::new(Names { tree: image.tree, orphans: HashMap::new() }),
             files: RwLock::new(files),
@@ -313,17 +317,28 @@ impl Core {
 
     /// Reads from a file; answers how many bytes there were.
     pub(super) fn read(&self, ino: Ino, offset: u64, into: &mut [u8]) -> Result<usize, Errno> {
+        self.boot.note(ino, offset, into.len());
         self.file(ino)?.read(self, offset, into).map_err(|error| errno(&error))
     }
 
     /// Writes to a file.
     pub(super) fn write(&self, ino: Ino, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        self.prepare(ino, offset, offset.saturating_add(bytes.len() as u64))?;
         let gate = self.gate.read();
         self.file(ino)?.write(self, &gate.upper, offset, bytes).map_err(|error| errno(&error))
     }
 
+    /// See [`FileNode::prepare`].
+    fn prepare(&self, ino: Ino, start: u64, end: u64) -> Result<(), Errno> {
+        match self.slots.is_lazy() {
+            true => self.file(ino)?.prepare(self, start, end).map_err(|error| errno(&error)),
+            false => Ok(()),
+        }
+    }
+
     /// Cuts or lengthens a file.
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<(), Errno> {
+        self.prepare(ino, size, size)?;
         let gate = self.gate.read();
         self.file(ino)?.truncate(self, &gate.upper, size).map_err(|error| errno(&error))
     }

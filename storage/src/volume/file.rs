@@ -11,9 +11,10 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::core::Core;
-use super::image::{FileImage, blocks, read_up_to};
+use super::image::{FileImage, blocks};
 use super::journal::Record;
 use super::page_map::{HOLE, PageMap};
+use super::slots::DataFile;
 use super::upper::{Syncs, Upper};
 use crate::layer::{BLOCK_BYTES, Ino};
 
@@ -37,7 +38,7 @@ pub(super) struct FileNode {
     ino: Ino,
     data: RwLock<Data>,
     /// Open data files by slot: few, as most files are in one or two layers.
-    handles: RwLock<Vec<(u32, Arc<File>)>>,
+    handles: RwLock<Vec<(u32, Arc<DataFile>)>>,
     syncs: Syncs,
 }
 
@@ -93,7 +94,7 @@ impl FileNode {
     }
 
     /// The data file in a slot.
-    fn handle(&self, core: &Core, slot: u32) -> io::Result<Arc<File>> {
+    fn handle(&self, core: &Core, slot: u32) -> io::Result<Arc<DataFile>> {
         if let Some((_, file)) = self.handles.read().iter().find(|(at, _)| *at == slot) {
             return Ok(file.clone());
         }
@@ -101,7 +102,7 @@ impl FileNode {
         Ok(self.keep(core, slot, file))
     }
 
-    fn keep(&self, core: &Core, slot: u32, file: Arc<File>) -> Arc<File> {
+    fn keep(&self, core: &Core, slot: u32, file: Arc<DataFile>) -> Arc<DataFile> {
         core.count_handle();
         let mut handles = self.handles.write();
         if let Some((_, other)) = handles.iter().find(|(at, _)| *at == slot) {
@@ -155,25 +156,24 @@ impl FileNode {
         (pieces, count)
     }
 
-    /// Reads bytes that are in one slot. A data file may end before its last block does: the rest is zeroes.
+    /// Reads bytes that are in one slot.
     fn read_piece(&self, core: &Core, slot: u32, offset: u64, into: &mut [u8]) -> io::Result<()> {
         if slot == HOLE {
             into.fill(0);
             return Ok(());
         }
-        let file = self.handle(core, slot)?;
-        match file.read_at(into, offset) {
-            Ok(read) if read == into.len() => Ok(()),
-            Ok(read) => {
-                into[read..].fill(0);
-                read_up_to(&file, &mut into[read..], offset + read as u64)
+        self.handle(core, slot)?.read_at(into, offset)
+    }
+
+    /// Brings here what a change of these bytes will need from below, before any lock is taken: a layer of which only a
+    /// part is on this node makes whoever needs the rest wait for the bucket.
+    pub(super) fn prepare(&self, core: &Core, start: u64, end: u64) -> io::Result<()> {
+        for edge in [start, end] {
+            if !edge.is_multiple_of(BLOCK_BYTES) {
+                self.read(core, edge - edge % BLOCK_BYTES, &mut [0])?;
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                into.fill(0);
-                read_up_to(&file, into, offset)
-            }
-            Err(error) => Err(error),
         }
+        Ok(())
     }
 
     /// Writes.
@@ -192,10 +192,10 @@ impl FileNode {
             self.may_grow(&mut data, upper)?;
         }
         let file = self.upper_file(core, &mut data, upper)?;
-        if let Err(error) = self.write_blocks(core, &data, upper, &file, offset, bytes) {
+        if let Err(error) = self.write_blocks(core, &data, upper, file.file()?, offset, bytes) {
             // The data file must not stay longer than the file.
             if end > data.size {
-                file.set_len(data.size)?;
+                file.file()?.set_len(data.size)?;
             }
             return Err(error);
         }
@@ -220,7 +220,7 @@ impl FileNode {
         if !is_in_upper && !is_whole {
             return Ok(false);
         }
-        self.handle(core, upper.slot)?.write_all_at(bytes, offset)?;
+        self.handle(core, upper.slot)?.file()?.write_all_at(bytes, offset)?;
         drop(data);
         if !is_in_upper {
             // Only now may it be read from there.
@@ -267,11 +267,11 @@ impl FileNode {
     }
 
     /// The data file in the upper, made if there is none.
-    fn upper_file(&self, core: &Core, data: &mut Data, upper: &Upper) -> io::Result<Arc<File>> {
+    fn upper_file(&self, core: &Core, data: &mut Data, upper: &Upper) -> io::Result<Arc<DataFile>> {
         if data.own == Some(upper.slot) {
             return self.handle(core, upper.slot);
         }
-        let file = Arc::new(upper.create_data(self.ino, data.size)?);
+        let file = Arc::new(DataFile::Whole(upper.create_data(self.ino, data.size)?));
         data.own = Some(upper.slot);
         Ok(self.keep(core, upper.slot, file))
     }
@@ -301,7 +301,7 @@ impl FileNode {
         }
         if size > data.size {
             self.may_grow(&mut data, upper)?;
-            self.upper_file(core, &mut data, upper)?.set_len(size)?;
+            self.upper_file(core, &mut data, upper)?.file()?.set_len(size)?;
             data.size = size;
         } else {
             self.cut(core, &mut data, upper, size)?;
@@ -318,9 +318,10 @@ impl FileNode {
             upper.journal.reserve()?;
         }
         let file = self.upper_file(core, data, upper)?;
+        let file = file.file()?;
         let last = size / BLOCK_BYTES;
         if !size.is_multiple_of(BLOCK_BYTES) && data.map.get(last as u32) != HOLE && !is_in(data, last, upper) {
-            self.copy_up(core, data, &file, last)?;
+            self.copy_up(core, data, file, last)?;
             data.map.set(last as u32, 1, upper.slot);
         }
         file.set_len(size)?;
@@ -352,7 +353,8 @@ impl FileNode {
         }
         self.may_grow(&mut data, upper)?;
         let file = self.upper_file(core, &mut data, upper)?;
-        match rustix::fs::fallocate(&*file, FallocateFlags::empty(), data.size, size - data.size) {
+        let file = file.file()?;
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), data.size, size - data.size) {
             Ok(()) => {}
             Err(Errno::OPNOTSUPP) => file.set_len(size)?,
             Err(errno) => {
@@ -372,7 +374,7 @@ impl FileNode {
                 let own = self.data.read().own;
                 // It may have been sealed, and the file gone on in the next one, since the caller looked.
                 match own {
-                    Some(slot) if slot == upper.slot => upper.sync_data(&*self.handle(core, slot)?)?,
+                    Some(slot) if slot == upper.slot => upper.sync_data(self.handle(core, slot)?.file()?)?,
                     Some(slot) if slot > upper.slot => {
                         if let Some(file) = upper.open_data(self.ino)? {
                             upper.sync_data(&file)?;

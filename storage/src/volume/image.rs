@@ -249,7 +249,7 @@ impl Below<'_> {
         }
         let start = u64::from(block) * BLOCK_BYTES;
         let until = usize::try_from(self.floor.saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
-        read_up_to(&self.slots.open(slot, self.ino)?, &mut into[..until], start)?;
+        self.slots.open(slot, self.ino)?.read_at(&mut into[..until], start)?;
         Ok(true)
     }
 }

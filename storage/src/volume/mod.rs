@@ -12,6 +12,9 @@
 //!   wal/              pg_wal: a plain directory beside the mount, where `../wal` of the volume's symlink leads
 //! ```
 //!
+//! The layers below may be on this node in part or not at all, if the volume knows where to get them
+//! ([`VolumeDirs::source`]): a read then waits for the pages it needs, and nothing else waits for it.
+//!
 //! The bytes are specified in `docs/formats/volume.md`.
 //!
 //! **Invariants**
@@ -25,6 +28,7 @@
 //!
 //! Absent on purpose: hard links, extended attributes, special files, tablespaces outside.
 
+mod boot;
 mod check;
 mod core;
 mod file;
@@ -61,7 +65,7 @@ use self::seal::State;
 use self::slots::{Slots, open_dir};
 use self::upper::{Upper, dir_of, remove_dir, sync_dir};
 use crate::error::{Error, LocalContext, Result};
-use crate::layer::{ImageInfo, Ino, InodeKind, Manifest, ROOT_INO};
+use crate::layer::{ImageInfo, Ino, InodeKind, LazyLayers, Manifest, ROOT_INO};
 use crate::pg_files::LOCK_FILE;
 
 pub(crate) use self::check::{Fault, bases, look};
@@ -78,6 +82,10 @@ pub struct Volume {
     finishing: Mutex<()>,
     /// Seals that have happened and whose layers are not complete yet, oldest first.
     pending: Mutex<VecDeque<Pending>>,
+    /// The layers it lay on when it was opened, oldest first.
+    chain: Vec<LayerId>,
+    /// Whether any of them was not whole on this node then.
+    is_lazy: bool,
     /// The newest complete layer, and what its control file says. Written under `finishing`.
     base: Mutex<Base>,
     /// Where the WAL ended at the last seal since the volume was opened.
@@ -104,6 +112,8 @@ pub struct VolumeDirs {
     pub layers: PathBuf,
     /// The branch's own directory; the volume owns `volume.json`, `uppers/` and `wal/` in it.
     pub branch: PathBuf,
+    /// Where layers come from that are not whole on this node. Without it they must be.
+    pub source: Option<Arc<LazyLayers>>,
 }
 
 /// The outcome of a seal.
@@ -133,8 +143,8 @@ impl Volume {
         dirs.branch.join("volume.json").exists()
     }
 
-    /// Makes a volume: an empty upper on `base` and a `wal/` with the WAL of that image. `base` must be local
-    /// (see [`crate::node::NodeStore::ensure_local`]). Atomic: after a crash the volume exists whole or not at all.
+    /// Makes a volume: an empty upper on `base` and a `wal/` with the WAL of that image. `base` must be ready
+    /// (see [`crate::node::NodeStore::ensure_openable`]). Atomic: after a crash the volume exists whole or not at all.
     ///
     /// # Errors
     /// `Invalid` when there is one already, or when the file system cannot tell holes from data; `NoSuchLayer` when
@@ -246,8 +256,12 @@ impl Volume {
         let upper = Upper::open(&dirs.branch, &contents, image.upper_slot())?;
         let dir = dir_of(&dirs.branch, state.upper);
         let data = dir.join("data");
-        let slots = Slots::of_layers(&dirs.layers, &manifest.chain);
+        let slots = Slots::of_layers(dirs, &manifest.chain);
         slots.push(&data, upper.data_dir().on("open", &data)?);
+        let is_lazy = slots.is_lazy() && slots.any_missing();
+        if is_lazy && let Err(error) = slots.use_boot_set(&dirs.layers.join(state.base.to_string()).join("boot")) {
+            tracing::error!(%error, "a boot set is not used: the wake will be slower");
+        }
         image.replay(&dir.join("journal"), &contents.records)?;
         if image.tree.lookup(ROOT_INO, LOCK_FILE).is_ok() {
             // Nobody runs on a volume that is not open. Left there, it might name a process that happens to exist.
@@ -276,6 +290,8 @@ impl Volume {
             turn: Mutex::default(),
             finishing: Mutex::default(),
             pending: Mutex::default(),
+            chain: manifest.chain,
+            is_lazy,
             base: Mutex::new(Base { layer: state.base, info: manifest.image }),
             sealed_end: Mutex::default(),
             _lock: lock,
@@ -286,9 +302,33 @@ impl Volume {
     /// (`pg_wal` in the volume is a symlink to `../wal`).
     ///
     /// When root mounts for another user, the files in `wal/` become that user's.
+    ///
+    /// What is read from now on is remembered for the boot set ([`Volume::write_boot_set`]), until [`Volume::booted`].
     pub fn mount(self: &Arc<Self>, at: &Path, options: &MountOptions) -> Result<Mount> {
+        self.core.boot.start();
         give_wal(&self.dirs.wal(), options)?;
         Mount::new(self.clone(), self.core.clone(), at, options)
+    }
+
+    /// Whether any of its layers was not whole on this node when it was opened: reads may wait for the bucket, so that a
+    /// mount needs more threads. Gets a connection to the bucket ready if so.
+    pub fn reads_lazily(&self) -> bool {
+        let Some(source) = self.dirs.source.as_ref().filter(|_| self.is_lazy) else { return false };
+        if let Err(error) = source.warm_up() {
+            tracing::warn!(%error, "layers that are missing cannot be fetched yet");
+        }
+        true
+    }
+
+    /// Begins to fetch, in the background and gently, all that is missing of its layers.
+    ///
+    /// # Errors
+    /// If that cannot be begun.
+    pub fn hydrate(&self) -> Result<()> {
+        match self.is_lazy {
+            true => self.core.slots.hydrate(self.chain.clone()),
+            false => Ok(()),
+        }
     }
 
     /// Freezes the present state into layer `id` and goes on with an empty upper; returns once the layer is complete on

@@ -169,7 +169,7 @@ pub(super) fn load(dirs: &VolumeDirs, dir: &Path, base: LayerId, contents: &Cont
     let data = dir.join("data");
     let data_dir = open_dir(&data).on("open", &data)?;
     let mut image = Image::of(&manifest);
-    let slots = Slots::of_layers(&dirs.layers, &manifest.chain);
+    let slots = Slots::of_layers(dirs, &manifest.chain);
     slots.push(&data, data_dir.try_clone().on("open", &data)?);
     image.replay(&dir.join("journal"), &contents.records)?;
     image.scan(&data, &data_dir, &slots)?;

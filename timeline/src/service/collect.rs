@@ -116,7 +116,9 @@ impl Kept {
             Object::Layer(layer) => self.layers.contains(layer),
             Object::Artifact(hash) => self.artifacts.contains(hash),
             Object::Secret(project) => self.projects.contains(project),
-            Object::Ledger(_) | Object::Template(_) | Object::Catalog | Object::Receipt | Object::Other => true,
+            Object::Ledger(_) | Object::Template(_) | Object::Catalog | Object::Receipt => true,
+            // A boot set goes with its layer.
+            Object::Boot(_) | Object::Other => true,
         }
     }
 }
@@ -415,6 +417,10 @@ impl Service {
     async fn delete(&self, objects: &[Unkept]) -> Result<()> {
         stream::iter(objects.to_vec())
             .map(|object| async move {
+                if let Object::Layer(layer) = Object::of(&object.key) {
+                    // First: nothing would lead to it any more.
+                    self.bucket.delete(&ebb_storage::layer::boot_key(layer)).await?;
+                }
                 self.bucket.delete(&object.key).await?;
                 match Object::of(&object.key) {
                     Object::Layer(layer) => drop(self.uploaded.lock().remove(&layer)),

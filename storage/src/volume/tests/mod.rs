@@ -2,6 +2,7 @@
 
 mod behaviour;
 mod crash;
+mod lazy;
 mod model;
 mod mount;
 mod posix;
@@ -98,7 +99,11 @@ impl Node {
     }
 
     fn dirs(&self, branch: usize) -> VolumeDirs {
-        VolumeDirs { layers: self.layers(), branch: self.dir.path().join("branches").join(branch.to_string()) }
+        VolumeDirs {
+            layers: self.layers(),
+            branch: self.dir.path().join("branches").join(branch.to_string()),
+            source: None,
+        }
     }
 
     /// A new volume on a layer.

@@ -74,6 +74,7 @@ impl Service {
             }],
             Object::Template(major) => vec![format!("new projects of PostgreSQL {major} begin as it")],
             Object::Catalog => vec!["the catalog of projects: it is never deleted".to_owned()],
+            Object::Boot(layer) => self.keepers_of_layer(*layer).await?,
             Object::Receipt => vec!["receipts of what was collected: they are never deleted".to_owned()],
             Object::Other => vec!["this version has no rule for it, and leaves it alone".to_owned()],
         })
