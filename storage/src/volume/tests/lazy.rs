@@ -365,7 +365,7 @@ fn a_flipped_byte_is_an_error_and_never_data() {
     let volume = node.volume(0, node.empty);
     let ino = create(&volume, "file");
     for page in 0..40 {
-        volume.core.write(ino, page * PAGE as u64, format!("page {page}; ").repeat(1100)[..PAGE].as_bytes()).unwrap();
+        volume.core.write(ino, page * PAGE as u64, &format!("page {page}; ").repeat(1100).as_bytes()[..PAGE]).unwrap();
     }
     let head = volume.seal(LayerId::generate()).unwrap().layer;
     let right = contents(&volume);
