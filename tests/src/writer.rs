@@ -18,12 +18,17 @@ pub struct Writer {
 impl Writer {
     /// Makes the table and begins.
     pub async fn start(url: String) -> Self {
+        Self::start_after(url, 0).await
+    }
+
+    /// Goes on after a row that another writer was told is there.
+    pub async fn start_after(url: String, row: i64) -> Self {
         let client = open(&url).await.expect("a writer can connect");
         client
             .batch_execute("create table if not exists acknowledged (n bigint primary key)")
             .await
             .expect("a writer can make its table");
-        let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+        let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(row)));
         let task = tokio::spawn(write(url, client, stop.clone(), last.clone()));
         Self { stop, last, task }
     }
@@ -57,7 +62,7 @@ async fn open(url: &str) -> Result<Client, tokio_postgres::Error> {
 
 async fn write(url: String, mut client: Client, stop: Arc<AtomicBool>, last: Arc<AtomicI64>) -> Vec<String> {
     let mut errors = Vec::new();
-    let mut n = 1;
+    let mut n = last.load(Ordering::SeqCst) + 1;
     while !stop.load(Ordering::SeqCst) {
         // A row whose acknowledgement was lost may be there already: writing it again is no fault.
         let insert = "insert into acknowledged values ($1) on conflict do nothing";

@@ -16,7 +16,8 @@
 //!
 //! Nothing is cached by the kernel, so a cut needs no new mount. A file that was open during it gives `EIO` for good.
 //!
-//! Needs root. Absent on purpose: extended attributes, `mmap` for sharing, `O_SYNC`, locks between machines.
+//! Needs root. `sync` and `syncfs` do nothing here: the kernel does not pass them on ([`Disk::sync_all`] stands in for
+//! them). Absent on purpose: extended attributes, `mmap` for sharing, `O_SYNC`, locks between machines.
 
 mod contents;
 mod fuse;
@@ -108,6 +109,11 @@ impl Disk {
         self.state.lock().faults.push(fault);
     }
 
+    /// How many requests failed because of faults, since the last [`Disk::mend`].
+    pub fn failed(&self) -> u64 {
+        self.state.lock().faulted
+    }
+
     /// Ends all faults; answers how many requests failed because of them.
     pub fn mend(&self) -> u64 {
         self.state.lock().mend()
@@ -118,11 +124,11 @@ impl Drop for Disk {
     fn drop(&mut self) {
         // Whoever still waits for an answer gets one.
         self.state.lock().stop();
-        let Some(session) = self.session.take() else { return };
-        if session.umount_and_join().is_err() {
-            // Something is still open in it; it ends with its last user.
-            let _ = rustix::mount::unmount(&self.at, rustix::mount::UnmountFlags::DETACH);
-        }
+        // Its threads are not waited for: a mount namespace made meanwhile may have the mount as well, and keeps it
+        // until its last process ends. They end then, or with this process.
+        drop(self.session.take());
+        // Where something is still open in it; else it is gone already.
+        let _ = rustix::mount::unmount(&self.at, rustix::mount::UnmountFlags::DETACH);
     }
 }
 

@@ -62,7 +62,7 @@ pub(crate) struct State {
     /// Blocks that contents take.
     used: u64,
     pub(crate) faults: Vec<Fault>,
-    faulted: u64,
+    pub(crate) faulted: u64,
     rng: StdRng,
 }
 

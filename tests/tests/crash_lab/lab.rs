@@ -1,0 +1,239 @@
+//! A branch under load, and what must hold of it after every crash.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ebb_tests::{Node, Writer, pg_bin, wait_for};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio::task::JoinHandle;
+
+pub const BRANCH: &str = "shop/prod";
+
+/// What the owner of a database does to its tables. Each may fail: a crash may have come between two of them.
+const DDL: [&str; 16] = [
+    "create table if not exists t1 as select n, repeat('x', 100) as filler from generate_series(1, 2000) n",
+    "create index on t1 (n)",
+    "alter table t1 add column if not exists extra int default 7",
+    "vacuum full t1",
+    "truncate t1",
+    "insert into t1 select n, repeat('y', 100) from generate_series(1, 500) n",
+    "drop table if exists t1",
+    "create table if not exists t2 (n int primary key, t text)",
+    "insert into t2 select n, md5(n::text) from generate_series(1, 1000) n on conflict do nothing",
+    "cluster t2 using t2_pkey",
+    "delete from t2 where n % 3 = 0",
+    "vacuum t2",
+    "drop table if exists t2",
+    "vacuum full pgbench_tellers",
+    "create database other",
+    "drop database if exists other",
+];
+
+/// What Postgres, dying, says of files when the unit was killed a moment before it, or when the disk has stopped.
+const DYING: [&str; 3] =
+    ["Input/output error", "Software caused connection abort", "Transport endpoint is not connected"];
+
+/// One of the two tables is there at any moment: both statements of the exchange, or none.
+const EXCHANGE: [&str; 2] = [
+    "begin; drop table if exists ping; create table if not exists pong (n int); commit",
+    "begin; drop table if exists pong; create table if not exists ping (n int); commit",
+];
+
+/// The seed of a run: `EBB_TEST_SEED`, or a new one. A run prints it, and draws from it whatever is left to chance.
+pub fn seed() -> u64 {
+    let given = std::env::var("EBB_TEST_SEED").ok().map(|text| text.parse().expect("EBB_TEST_SEED is a number"));
+    let seed = given.unwrap_or_else(|| rand::random::<u64>() >> 16);
+    println!("EBB_TEST_SEED={seed}");
+    seed
+}
+
+/// How many rounds: `EBB_CRASH_ROUNDS`, or so many.
+pub fn rounds(default: u64) -> u64 {
+    let given = std::env::var("EBB_CRASH_ROUNDS").ok();
+    given.map_or(default, |text| text.parse().expect("EBB_CRASH_ROUNDS is a number"))
+}
+
+/// Everything that works on the branch.
+pub struct Load {
+    pub writer: Writer,
+    pgbench: Pgbench,
+    ddl: Ddl,
+    url: String,
+}
+
+impl Load {
+    /// Makes the tables and begins.
+    pub async fn start(node: &Node, scale: u32, seed: u64) -> Self {
+        let url = node.url(BRANCH);
+        let ran = node.tool("pgbench", &["-i", "-q", "-s", &scale.to_string(), &url]);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        node.psql(BRANCH, "create table ping (n int)");
+        Self::resume(node, seed, 0).await
+    }
+
+    /// Goes on after [`Load::stop`], which told the last row.
+    pub async fn resume(node: &Node, seed: u64, last: i64) -> Self {
+        let url = node.url(BRANCH);
+        let writer = Writer::start_after(url.clone(), last).await;
+        let (pgbench, ddl) = (Pgbench::start(&url), Ddl::start(url.clone(), seed));
+        Self { writer, pgbench, ddl, url }
+    }
+
+    /// Waits until the branch works again after a crash, and everybody on it.
+    pub async fn recovered(&mut self) {
+        self.writer.progress(3).await;
+        self.pgbench = Pgbench::start(&self.url);
+    }
+
+    /// Ends it; answers the last row that was acknowledged. No client may have seen an error of class XX, but for what
+    /// a dying Postgres says.
+    pub async fn stop(self) -> i64 {
+        let (last, mut errors) = self.writer.stop().await;
+        drop(self.pgbench);
+        errors.extend(self.ddl.stop().await);
+        let is_dying = |error: &String| DYING.iter().any(|words| error.contains(words));
+        errors.retain(|error| error.starts_with("XX") && !is_dying(error));
+        assert!(errors.is_empty(), "corruption was reported: {errors:?}");
+        last
+    }
+}
+
+/// TPC-B, until it is dropped or its connection breaks.
+struct Pgbench(Child);
+
+impl Pgbench {
+    fn start(url: &str) -> Self {
+        let child = Command::new(pg_bin().join("pgbench"))
+            .args(["-n", "-T", "86400", "-M", "prepared", "-c", "2", url])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        Self(child.expect("pgbench can be started"))
+    }
+}
+
+impl Drop for Pgbench {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A client that does one thing after the other to the schema.
+struct Ddl {
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<Vec<String>>,
+}
+
+impl Ddl {
+    fn start(url: String, seed: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let task = tokio::spawn(change(url, stop.clone(), StdRng::seed_from_u64(seed)));
+        Self { stop, task }
+    }
+
+    async fn stop(self) -> Vec<String> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.task.await.expect("the client does not panic")
+    }
+}
+
+/// Answers the errors it was given, those of Postgres with their SQLSTATE first.
+async fn change(url: String, stop: Arc<AtomicBool>, mut rng: StdRng) -> Vec<String> {
+    let mut errors = Vec::new();
+    while !stop.load(Ordering::SeqCst) {
+        let Ok((client, connection)) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        while !client.is_closed() && !stop.load(Ordering::SeqCst) {
+            let sql = match rng.random_range(0..4) {
+                0 => EXCHANGE[rng.random_range(0..EXCHANGE.len())],
+                _ => DDL[rng.random_range(0..DDL.len())],
+            };
+            if let Err(error) = client.batch_execute(sql).await {
+                let told = error.as_db_error().map(|db| format!("{} {} ({sql})", db.code().code(), db.message()));
+                errors.push(told.unwrap_or_else(|| error.to_string()));
+            }
+        }
+    }
+    errors
+}
+
+/// What holds of a branch at any moment, also of one that was taken in the middle.
+pub fn assert_whole(node: &Node, branch: &str) {
+    let row = node.psql(
+        branch,
+        "select (select sum(abalance) from pgbench_accounts) = h.delta, \
+                (select sum(bbalance) from pgbench_branches) = h.delta, \
+                (select sum(tbalance) from pgbench_tellers) = h.delta, \
+                (select count(*) = coalesce(max(n), 0) from acknowledged), \
+                (select count(*) from pg_tables where tablename in ('ping', 'pong')) \
+         from (select coalesce(sum(delta), 0) as delta from pgbench_history) h",
+    );
+    assert_eq!(row, "t|t|t|t|1", "of {branch}: three sums, rows without gaps, one of two tables");
+}
+
+/// That no acknowledged row is lost.
+pub fn assert_all_there(node: &Node, last: i64) {
+    let count = node.psql(BRANCH, &format!("select count(*) from acknowledged where n <= {last}"));
+    assert_eq!(count, last.to_string(), "an acknowledged row is lost");
+}
+
+/// That every page and every index of every database is as it should be. Nobody may change the schema meanwhile.
+pub fn assert_sound(node: &Node, branch: &str) {
+    let ran = node.superuser_tool(branch, "pg_amcheck", &["--install-missing", "--heapallindexed", "-a"]);
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+}
+
+/// That every page has its checksum, in an export of the branch.
+pub fn assert_checksums(node: &Node) {
+    node.suspend(BRANCH);
+    let dir = node.scratch().join("export");
+    let dir = dir.to_str().expect("test paths are UTF-8");
+    node.ok(&["export", BRANCH, dir]);
+    let ran = node.tool("pg_checksums", &["--check", "-D", dir]);
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+}
+
+/// The moment of a crash: some time after the load is back.
+pub async fn some_time(rng: &mut StdRng, most: Duration) {
+    tokio::time::sleep(most.mul_f64(rng.random())).await;
+}
+
+/// Kills the branch's unit, and whatever is left of it, and waits until all of it is gone.
+pub fn kill_unit(node: &Node) {
+    let pid = node.unit_pid(BRANCH);
+    node.kill_9(pid);
+    wait_for("the unit to be gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// Tells every so often how far a long run has come.
+pub struct Progress {
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    pub fn new() -> Self {
+        Self { begun: Instant::now(), told: Instant::now() }
+    }
+
+    pub fn tell(&mut self, round: u64, last: i64) {
+        if self.told.elapsed() > Duration::from_secs(60) {
+            self.told = Instant::now();
+            println!("round {round} after {} s, {last} rows acknowledged", self.begun.elapsed().as_secs());
+        }
+    }
+
+    pub fn end(&self, rounds: u64, last: i64) {
+        println!("{rounds} rounds in {} s, {last} rows acknowledged, none lost", self.begun.elapsed().as_secs());
+    }
+}
