@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ebb_types::{ErrorKind, LayerId};
+use ebb_types::{ErrorKind, Hint, LayerId};
 
 /// The result of a storage act.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -37,6 +37,16 @@ pub enum Error {
         /// What the store said.
         source: io::Error,
     },
+    /// What the bucket's URL names cannot be used as a bucket, as it is.
+    #[error("{what}")]
+    Unusable {
+        /// What the caller must do about it.
+        kind: ErrorKind,
+        /// What is wrong, with the bucket's name and where it is.
+        what: String,
+        /// What to change: full sentences.
+        hint: String,
+    },
     /// Another writer appended first: this one was overtaken, or fenced.
     #[error("log {log:?} already has an entry {seq}")]
     Overtaken {
@@ -69,9 +79,19 @@ impl Error {
             Error::Local { .. } => ErrorKind::Internal,
             Error::NoSuchObject { .. } | Error::NoSuchLayer(_) => ErrorKind::NotFound,
             Error::Bucket { .. } => ErrorKind::Unavailable,
+            Error::Unusable { kind, .. } => *kind,
             Error::Overtaken { .. } => ErrorKind::Fenced,
             Error::Corrupt { .. } => ErrorKind::Corrupt,
             Error::Invalid(_) => ErrorKind::Invalid,
+        }
+    }
+}
+
+impl Hint for Error {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Error::Unusable { hint, .. } => Some(hint.clone()),
+            _ => None,
         }
     }
 }

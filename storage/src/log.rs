@@ -130,6 +130,7 @@ mod tests {
 
     use super::*;
     use crate::object_store;
+    use crate::object_store::faulty::{Faults, Faulty};
 
     async fn empty_log() -> (tempfile::TempDir, Bucket, Log) {
         let root = tempfile::tempdir().unwrap();
@@ -206,6 +207,65 @@ mod tests {
             seq += 1;
         }
         acknowledged
+    }
+
+    /// As [`write`], on a bucket that fails: what has no answer is appended again, the same bytes at the same number.
+    async fn write_on(log: Log, writer: usize, count: usize) -> Vec<(u64, Bytes)> {
+        let mut acknowledged = Vec::new();
+        let mut seq = 0;
+        for n in 0..count {
+            let entry = Bytes::from(format!("writer {writer} entry {n}"));
+            loop {
+                match log.append(seq, entry.clone()).await {
+                    Ok(()) => break,
+                    Err(Error::Overtaken { .. }) => seq += 1,
+                    Err(error) => assert_eq!(error.kind(), ebb_types::ErrorKind::Unavailable, "{error}"),
+                }
+            }
+            acknowledged.push((seq, entry));
+            seq += 1;
+        }
+        acknowledged
+    }
+
+    async fn appends_on_a_bucket_that_fails(seed: u64) {
+        let (_root, bucket, below) = empty_log().await;
+        let faults = Faults {
+            seed,
+            latency: std::time::Duration::from_millis(1),
+            refused: 0.1,
+            answer_lost: 0.3,
+            late: 0.3,
+            torn: 0.2,
+            behind: 0.5,
+            repeated: 0.1,
+            ..Faults::default()
+        };
+        let faulty = Arc::new(Faulty::new(bucket, faults));
+        let log = || Log::new(faulty.clone(), "projects/shop/ledger");
+        let writers: Vec<_> = (0..3).map(|writer| tokio::spawn(write_on(log(), writer, 8))).collect();
+        let mut acknowledged = Vec::new();
+        for writer in writers {
+            acknowledged.extend(writer.await.unwrap());
+        }
+        acknowledged.sort();
+        // A reader meanwhile may know less, never something else.
+        for _ in 0..20 {
+            if let Ok(seen) = log().read(0).await {
+                assert_eq!(seen, acknowledged[..seen.len()], "seed {seed}");
+            }
+        }
+        faulty.settle().await.unwrap();
+        assert_eq!(below.read(0).await.unwrap(), acknowledged, "each once, in order, and nothing else; seed {seed}");
+        let made = faulty.made();
+        assert!(made["late"] > 0 && made["answer_lost"] > 0, "seed {seed}: {made:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_append_is_in_the_log_once_whatever_the_bucket_answers() {
+        for seed in 0..10 {
+            appends_on_a_bucket_that_fails(seed).await;
+        }
     }
 
     proptest! {

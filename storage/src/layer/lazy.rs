@@ -637,6 +637,7 @@ fn again(error: &Error) -> Error {
         Error::Local { act, path, source } => Error::Local { act, path: path.clone(), source: same(source) },
         Error::NoSuchObject { key } => Error::NoSuchObject { key: key.clone() },
         Error::Bucket { act, key, source } => Error::Bucket { act, key: key.clone(), source: same(source) },
+        Error::Unusable { kind, what, hint } => Error::Unusable { kind: *kind, what: what.clone(), hint: hint.clone() },
         Error::Overtaken { log, seq } => Error::Overtaken { log: log.clone(), seq: *seq },
         Error::Corrupt { what, why } => Error::Corrupt { what: what.clone(), why: why.clone() },
         Error::NoSuchLayer(layer) => Error::NoSuchLayer(*layer),

@@ -1,12 +1,16 @@
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use ebb_types::ErrorKind;
 use proptest::prelude::*;
 
 use super::*;
 use crate::Error;
 use crate::node::NodeStore;
+use crate::object_store::faulty::{Faults, Faulty};
 use crate::object_store::{self, Bucket};
 
 const PAGE: usize = BLOCK_BYTES as usize;
@@ -459,4 +463,53 @@ proptest! {
             }
         });
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_arrives_whole_over_a_bucket_that_fails() {
+    let mut made = BTreeMap::new();
+    for seed in 0..16 {
+        let dir = tempfile::tempdir().unwrap();
+        let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+        let faults = Faults {
+            seed,
+            refused: 0.1,
+            answer_lost: 0.5,
+            torn: 0.1,
+            corrupt: 0.2,
+            repeated: 0.5,
+            ..Faults::default()
+        };
+        let faulty = Arc::new(Faulty::new(bucket, faults));
+        // What fails, fails as one of these; what works, works rightly.
+        let failed = |error: Error| {
+            let known = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Corrupt);
+            assert!(known, "seed {seed}: {error}");
+        };
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let (id, _) = write_sample(&from.join("layers"));
+        let store = NodeStore::new(&from, faulty.clone());
+        while let Err(error) = store.upload(id).await {
+            failed(error);
+        }
+        while let Err(error) = fetch_into(&faulty, id, &to).await {
+            failed(error);
+        }
+        assert_is_sample(&to);
+        for (fault, times) in faulty.made() {
+            *made.entry(fault).or_insert(0) += times;
+        }
+    }
+    assert!(made.len() == 5 && made.values().all(|&times| times >= 5), "{made:?}");
+}
+
+/// Fetches a layer into an empty directory; what is half there after a failure is removed.
+async fn fetch_into(bucket: &Arc<Faulty>, id: LayerId, into: &Path) -> crate::Result<()> {
+    fs::create_dir_all(into).unwrap();
+    let bucket: Bucket = bucket.clone();
+    let fetched = fetch(&bucket, id, into).await;
+    if fetched.is_err() {
+        fs::remove_dir_all(into).unwrap();
+    }
+    fetched
 }

@@ -28,11 +28,12 @@ use parking_lot::Mutex;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 
-use super::{MARKER, ObjectMeta, ObjectStore, Put, check_key, check_prefix};
+use super::{
+    MARKER, ObjectMeta, ObjectStore, Put, check_key, check_marker, check_prefix, failed, marker_text, no_such_range,
+};
 use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
 
-const FORMAT_VERSION: u32 = 1;
 const STAGING: &str = ".staging";
 
 /// A bucket in a local directory.
@@ -67,6 +68,11 @@ impl Dir {
         let dir = Self { inner: inner.clone() };
         blocking::run(move || inner.prepare()).await?;
         Ok(dir)
+    }
+
+    /// The bucket in a directory that somebody has opened before.
+    pub(super) fn attach(root: &Path) -> Self {
+        Self { inner: Arc::new(Inner { root: root.to_owned(), durable_dirs: Mutex::default() }) }
     }
 
     /// Runs blocking work on its own thread.
@@ -159,7 +165,7 @@ impl Inner {
         }
         let marker = self.root.join(MARKER);
         match fs::read_to_string(&marker) {
-            Ok(text) => check_marker(&self.root, &text)?,
+            Ok(text) => check_marker(&self.root.to_string_lossy(), &text)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.refuse_if_used()?,
             Err(error) => return Err(error).on("read", &marker),
         }
@@ -167,7 +173,7 @@ impl Inner {
         make_dirs(&staging).on("write to the bucket's directory", &self.root)?;
         self.sweep_staging().on("clean", &staging)?;
         // Staging a file also shows at once, and not at the first commit, that the directory can be written.
-        let marked = self.write_at(&marker, Replace::No, |file| writeln!(file, "{MARKER} {FORMAT_VERSION}"));
+        let marked = self.write_at(&marker, Replace::No, |file| file.write_all(marker_text().as_bytes()));
         marked.on("write to the bucket's directory", &self.root).map(drop)
     }
 
@@ -214,8 +220,7 @@ impl Inner {
         let mut file = self.open_object(key)?;
         let size = file.metadata().map_err(|error| failed("get", key, error))?.len();
         if range.start > range.end || range.end > size {
-            let Range { start, end } = range;
-            return Err(Error::Invalid(format!("object {key:?} has {size} bytes and so no range {start}..{end}")));
+            return Err(no_such_range(key, size, &range));
         }
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let read = file.seek(SeekFrom::Start(range.start)).and_then(|_| file.read_exact(&mut bytes));
@@ -365,20 +370,6 @@ fn exists(path: &Path) -> io::Result<Put> {
     if path.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(Put::Exists) }
 }
 
-fn check_marker(root: &Path, text: &str) -> Result<()> {
-    let version = text.trim_end().strip_prefix(MARKER).and_then(|rest| rest.trim().parse::<u32>().ok());
-    match version {
-        Some(FORMAT_VERSION) => Ok(()),
-        Some(other) => Err(Error::Invalid(format!(
-            "bucket {root:?} has format version {other}; this build knows {FORMAT_VERSION}"
-        ))),
-        None => Err(Error::Corrupt {
-            what: format!("the marker {:?}", root.join(MARKER)),
-            why: "it does not name a format version".to_owned(),
-        }),
-    }
-}
-
 fn make_dirs(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
@@ -394,10 +385,6 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 /// No such file; or a part of the path is a file, so that nothing can be below it.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
-}
-
-fn failed(act: &'static str, key: &str, source: io::Error) -> Error {
-    Error::Bucket { act, key: key.to_owned(), source }
 }
 
 #[cfg(test)]

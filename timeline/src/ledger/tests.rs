@@ -1,8 +1,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use ebb_storage::object_store::faulty::{Faults, Faulty};
 use ebb_storage::object_store::{self, Bucket};
-use ebb_types::TestClock;
+use ebb_types::{ErrorKind, TestClock};
 
 use super::*;
 use crate::Refusal;
@@ -162,4 +163,63 @@ async fn of_two_writers_one_wins_each_name_and_none_is_lost() {
     expect.sort();
     assert_eq!(won, expect);
     assert_eq!(open(&bucket).await.verify().await.unwrap().entries.len(), 20);
+}
+
+/// Adds names on a bucket that fails, each again until it is there; answers those whose adding was acknowledged.
+async fn add_all(bucket: Bucket, writer: usize) -> Vec<String> {
+    let clock = Arc::new(TestClock::default());
+    let ledger = loop {
+        match Ledger::<Names>::open(bucket.clone(), "names", clock.clone()).await {
+            Ok(ledger) => break ledger,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{}", error.chain()),
+        }
+    };
+    let mut won = Vec::new();
+    for n in 0..8 {
+        // Two names of each writer are everybody's.
+        let name = if n < 6 { format!("{writer}-{n}") } else { format!("common-{n}") };
+        loop {
+            match add(&ledger, &name).await {
+                Ok(()) => break won.push(name),
+                Err(Error::Refused(Refusal::Taken { .. })) => break,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{}", error.chain()),
+            }
+        }
+    }
+    won
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_act_is_in_the_ledger_once_whatever_the_bucket_answers() {
+    for seed in 0..6 {
+        let dir = tempfile::tempdir().unwrap();
+        let below = bucket(dir.path()).await;
+        let faults = Faults {
+            seed,
+            refused: 0.1,
+            answer_lost: 0.3,
+            late: 0.2,
+            torn: 0.1,
+            behind: 0.3,
+            repeated: 0.1,
+            ..Faults::default()
+        };
+        let faulty = Arc::new(Faulty::new(below.clone(), faults));
+        let writers: Vec<_> = (0..3).map(|writer| tokio::spawn(add_all(faulty.clone(), writer))).collect();
+        let mut won = Vec::new();
+        for writer in writers {
+            won.extend(writer.await.unwrap());
+        }
+        faulty.settle().await.unwrap();
+        // Folding refuses a name that is there twice.
+        let names = open(&below).await.state().0.clone();
+        assert_eq!(names.len(), 3 * 6 + 2, "seed {seed}: {names:?}");
+        assert_eq!(
+            won.iter().collect::<BTreeSet<_>>().len(),
+            won.len(),
+            "seed {seed}: one name was won twice: {won:?}"
+        );
+        let made = faulty.made();
+        assert!(made["answer_lost"] > 0 && made["late"] > 0, "seed {seed}: {made:?}");
+    }
 }

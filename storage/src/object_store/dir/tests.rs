@@ -6,7 +6,7 @@ use crate::object_store::conformance;
 #[tokio::test(flavor = "multi_thread")]
 async fn conforms() {
     let root = tempfile::tempdir().unwrap();
-    conformance::check(crate::object_store::open(root.path().to_str().unwrap()).await.unwrap()).await;
+    conformance::check(crate::object_store::open(root.path().to_str().unwrap()).await.unwrap(), 32).await;
 }
 
 #[tokio::test]
