@@ -179,15 +179,32 @@ pub enum ConfigCommand {
 Examples:
   ebb serve
   ebb serve --data /var/lib/ebb --bucket file:///mnt/bucket --idle-suspend 10m
+  ebb serve --bucket s3://backups/ebb --s3-region eu-central-1
+  ebb serve --bucket s3://backups/ebb --s3-endpoint https://s3.example.com --s3-path-style
+
+Credentials for S3 come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a web identity token or the
+machine's role; never from an option or a settings file.
 
 Ctrl-C or SIGTERM drains the clients, suspends every compute and exits; a second one exits at once.")]
 pub struct ServeArgs {
     /// Directory for everything this node keeps [default: ./.ebb]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
-    /// The bucket: a directory path, or file:// and an absolute path [default: DATA/bucket]
+    /// The bucket: s3://NAME/PREFIX, a directory path, or file:// and an absolute path [default: DATA/bucket]
     #[arg(long, value_name = "URL")]
     pub bucket: Option<String>,
+    /// Where the bucket's S3 is [default: Amazon's, or what AWS_ENDPOINT_URL says]
+    #[arg(long, value_name = "URL", env = "EBB_S3_ENDPOINT", hide_env_values = true)]
+    pub s3_endpoint: Option<String>,
+    /// The region of the bucket in S3 [default: AWS_REGION, the profile's, this machine's; us-east-1 with --s3-endpoint]
+    #[arg(long, value_name = "REGION", env = "EBB_S3_REGION", hide_env_values = true)]
+    pub s3_region: Option<String>,
+    /// Name the S3 bucket in the path of requests rather than in their host name [default: false]
+    #[arg(
+        long, value_name = "BOOL", env = "EBB_S3_PATH_STYLE", hide_env_values = true,
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    pub s3_path_style: Option<bool>,
     /// Where Postgres clients connect [default: 127.0.0.1:6432]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<String>,

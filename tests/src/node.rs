@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ebb_test_s3::Seaweed;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
@@ -45,6 +46,7 @@ pub struct Node {
     data: PathBuf,
     log: PathBuf,
     bucket: Option<PathBuf>,
+    args: Vec<String>,
     envs: Vec<(String, String)>,
     server: Option<Child>,
     /// Port of the proxy on 127.0.0.1.
@@ -76,6 +78,7 @@ impl Node {
             data: dir.path().join("data"),
             log: dir.path().join("serve.log"),
             bucket: None,
+            args: Vec::new(),
             envs: Vec::new(),
             server: None,
             proxy_port: free_port(),
@@ -87,6 +90,21 @@ impl Node {
     /// Uses another bucket than the one in the data directory.
     pub fn bucket(mut self, bucket: &Path) -> Self {
         self.bucket = Some(bucket.to_owned());
+        self
+    }
+
+    /// Uses a bucket on a test's S3 server, below a prefix.
+    pub fn s3_bucket(mut self, server: &Seaweed, prefix: &str) -> Self {
+        self.bucket = Some(format!("s3://{}/{prefix}", ebb_test_s3::BUCKET).into());
+        self.args = vec!["--s3-endpoint".to_owned(), server.endpoint(), "--s3-path-style".to_owned()];
+        let credentials = [
+            ("AWS_ACCESS_KEY_ID", ebb_test_s3::ACCESS_KEY),
+            ("AWS_SECRET_ACCESS_KEY", ebb_test_s3::SECRET_KEY),
+            // Whoever runs the tests may have files of their own.
+            ("AWS_CONFIG_FILE", "/dev/null"),
+            ("AWS_SHARED_CREDENTIALS_FILE", "/dev/null"),
+        ];
+        self.envs.extend(credentials.map(|(name, value)| (name.to_owned(), value.to_owned())));
         self
     }
 
@@ -126,6 +144,7 @@ impl Node {
             .arg(&self.data)
             .args(["--listen", &format!("127.0.0.1:{}", self.proxy_port)])
             .args(["--api-listen", &format!("127.0.0.1:{}", self.api_port)])
+            .args(&self.args)
             .envs(self.envs.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         if let Some(bucket) = &self.bucket {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ebb_storage::object_store::{self, S3Options};
 use ebb_timeline::CollectPolicy;
 use ebb_timeline::service::MIN_FREE_BYTES;
 use ebb_types::{ErrorKind, ProjectName};
@@ -15,9 +16,12 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 13] = [
     "data",
     "bucket",
+    "s3-endpoint",
+    "s3-region",
+    "s3-path-style",
     "listen",
     "api-listen",
     "public-host",
@@ -37,8 +41,16 @@ const COLLECT_INTERVAL_MIN: Duration = Duration::from_secs(1);
 pub struct Settings {
     /// Everything this node keeps. Default `./.ebb`; made if it is not there.
     pub data: PathBuf,
-    /// Everything that must outlive the node: a directory path or `file://` URL. Default `DATA/bucket`.
+    /// Everything that must outlive the node: an `s3://` or `file://` URL, or a directory path. Default `DATA/bucket`.
     pub bucket: String,
+    /// Where S3 is, for a bucket in it. Default: Amazon's, or what `AWS_ENDPOINT_URL` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub s3_endpoint: Option<String>,
+    /// The bucket's region in S3. Default: what the environment, a profile or the machine says; `us-east-1` at an endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub s3_region: Option<String>,
+    /// Whether requests to S3 name the bucket in their path rather than in their host name. Default no.
+    pub s3_path_style: bool,
     /// Where Postgres clients connect. Default `127.0.0.1:6432`; port 0 takes a free one.
     pub listen: SocketAddr,
     /// Where the API is served. Default `127.0.0.1:7432`. Loopback only: the API asks nobody who they are.
@@ -82,6 +94,10 @@ impl Settings {
         let data = std::path::absolute(&data)
             .map_err(|error| Failure::internal(format!("cannot use the data directory {data:?}"), &error))?;
         let bucket = sources.text("bucket", args.bucket.clone());
+        let bucket = bucket.unwrap_or_else(|| data.join("bucket").display().to_string());
+        let s3_endpoint = sources.text("s3-endpoint", args.s3_endpoint.clone());
+        let s3_region = sources.text("s3-region", args.s3_region.clone());
+        let s3_path_style = sources.flag("s3-path-style", args.s3_path_style, false);
         let listen = sources.address("listen", args.listen.clone(), "127.0.0.1:6432");
         let api_listen = sources.address("api-listen", args.api_listen.clone(), "127.0.0.1:7432");
         let public_host = sources.text("public-host", args.public_host.clone());
@@ -92,6 +108,9 @@ impl Settings {
         let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
         let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
 
+        let s3 = S3Options { endpoint: s3_endpoint, region: s3_region, path_style: s3_path_style };
+        // Also so that nothing secret in them is shown or written down.
+        faults.extend(object_store::check_url(&bucket, &s3).err().map(|error| error.to_string()));
         if !api_listen.ip().is_loopback() {
             faults.push(format!(
                 "api-listen {api_listen} is reachable from other machines, and the API asks nobody who they are: \
@@ -110,8 +129,11 @@ impl Settings {
             return Err(Failure { causes: faults, ..failure });
         }
         Ok(Self {
-            bucket: bucket.unwrap_or_else(|| data.join("bucket").display().to_string()),
+            bucket,
             data,
+            s3_endpoint: s3.endpoint,
+            s3_region: s3.region,
+            s3_path_style: s3.path_style,
             listen,
             api_listen,
             public_host: public_host.unwrap_or_else(|| reachable(listen.ip()).to_string()),
@@ -122,6 +144,13 @@ impl Settings {
             collect_interval,
             first_project: args.first_project.clone(),
         })
+    }
+}
+
+impl Settings {
+    /// Where S3 is, for the store.
+    pub fn s3(&self) -> S3Options {
+        S3Options { endpoint: self.s3_endpoint.clone(), region: self.s3_region.clone(), path_style: self.s3_path_style }
     }
 }
 
@@ -195,6 +224,18 @@ impl Sources<'_> {
         }
     }
 
+    fn flag(&mut self, key: &str, option: Option<bool>, default: bool) -> bool {
+        match (option, self.file.get(key)) {
+            (Some(typed), _) => typed,
+            (None, None) => default,
+            (None, Some(toml::Value::Boolean(flag))) => *flag,
+            (None, Some(other)) => {
+                self.faults.push(format!("{key}: want true or false, not {other}"));
+                default
+            }
+        }
+    }
+
     fn address(&mut self, key: &str, option: Option<String>, default: &str) -> SocketAddr {
         let text = self.text(key, option).unwrap_or_else(|| default.to_owned());
         text.parse().unwrap_or_else(|_| {
@@ -230,14 +271,16 @@ mod tests {
 
     #[test]
     fn every_fault_is_listed() {
-        let file =
-            "dta = \"x\"\nlisten = \"here\"\napi-listen = \"0.0.0.0:7432\"\nidle-suspend = 5\nmin-free-bytes = -1";
+        let file = "dta = \"x\"\nbucket = \"gs://x\"\ns3-path-style = 1\nlisten = \"here\"\n\
+                    api-listen = \"0.0.0.0:7432\"\nidle-suspend = 5\nmin-free-bytes = -1";
         let faults = read(file, ServeArgs::default()).unwrap_err();
         insta::assert_snapshot!(faults.join("\n"), @r#"
         there is no setting "dta"; did you mean "data"?
+        s3-path-style: want true or false, not 1
         listen: "here" is not an address with a port, like 127.0.0.1:6432
         idle-suspend: want a text in quotes, not 5
         min-free-bytes: want a whole number of bytes, not -1
+        the scheme "gs" of the bucket's URL is not known (want s3:// or file://)
         api-listen 0.0.0.0:7432 is reachable from other machines, and the API asks nobody who they are: use a loopback address, and a tunnel from elsewhere
         "#);
     }
@@ -258,7 +301,21 @@ mod tests {
     }
 
     #[test]
+    fn credentials_in_a_url_are_refused_and_not_shown() {
+        for file in ["bucket = \"s3://key:hunter2@backups\"", "s3-endpoint = \"https://key:hunter2@host\""] {
+            let faults = read(file, ServeArgs::default()).unwrap_err().join("\n");
+            assert!(faults.contains("credentials") && !faults.contains("hunter2"), "{faults}");
+        }
+    }
+
+    #[test]
     fn printed_settings_are_a_settings_file() {
+        let s3 = "bucket = \"s3://backups/ebb\"\ns3-endpoint = \"http://127.0.0.1:9000\"\ns3-path-style = true";
+        let settings = read(s3, ServeArgs::default()).unwrap();
+        assert_eq!(settings.s3().endpoint.as_deref(), Some("http://127.0.0.1:9000"));
+        let printed = toml::to_string(&settings).unwrap();
+        assert_eq!(read(&printed, ServeArgs::default()), Ok(settings));
+
         let settings = read("data = \"/d\"", ServeArgs::default()).unwrap();
         let printed = toml::to_string(&settings).unwrap();
         assert_eq!(read(&printed, ServeArgs::default()), Ok(settings));

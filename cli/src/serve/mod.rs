@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebb_proxy::{Proxy, ProxyConfig};
+use ebb_storage::object_store;
 use ebb_timeline::{CollectPolicy, Service, ServiceConfig, api};
 use ebb_types::{ErrorKind, Hint as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -26,7 +27,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing::Level;
+use tracing_subscriber::filter::{EnvFilter, filter_fn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::args::{ConfigCommand, ServeArgs};
 use crate::failure::Failure;
@@ -78,8 +82,9 @@ pub fn print_config(command: ConfigCommand, output: Output) -> Result<(), Failur
 
 async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -> Result<(), Failure> {
     let mut signals = Signals::listen()?;
-    let bucket = ebb_storage::object_store::open(&settings.bucket).await.map_err(|error| {
-        Failure::new(error.kind(), format!("cannot open the bucket {:?}", settings.bucket)).because(&error)
+    let bucket = object_store::open_with(&settings.bucket, &settings.s3()).await.map_err(|error| {
+        let failure = Failure::new(error.kind(), format!("cannot open the bucket {:?}", settings.bucket));
+        Failure { hint: error.hint(), ..failure.because(&error) }
     })?;
 
     let endpoints = Arc::new(ServiceEndpoints::default());
@@ -229,9 +234,13 @@ impl Signals {
 }
 
 /// Logs to stderr; `EBB_LOG` filters it (`debug`, `ebb_proxy=trace,info`).
+///
+/// INVARIANT: what the S3 client says below `INFO` is never logged: it shows whole requests, session tokens included.
 pub fn start_logging() {
     let filter = EnvFilter::try_from_env("EBB_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let unsigned = filter_fn(|event| !event.target().starts_with("aws_") || *event.level() <= Level::INFO);
+    let to_stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(filter).with(unsigned).with(to_stderr).init();
 }
 
 fn install_metrics() -> Result<PrometheusHandle, Failure> {

@@ -1,6 +1,7 @@
 //! End to end: the built binary, stock Postgres, psql, pgbench, tokio-postgres and psycopg.
 
 mod branches;
+mod bucket_s3;
 mod collect;
 mod connections;
 mod docs;
