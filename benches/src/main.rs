@@ -3,13 +3,14 @@
 //! ```sh
 //! scripts/setup bench                             # pgbouncer, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, branch, depth, many, volume, proxy
+//! target/release/ebb-bench all                    # or: wake, cold, branch, depth, many, volume, proxy
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
 //! medians is the result. Every bench says which question it answers and what was expected beforehand.
 
 mod branch;
+mod cold;
 mod depth;
 mod many;
 mod native;
@@ -61,6 +62,8 @@ pub struct Common {
 enum Bench {
     /// Connect to first row on a suspended branch, against a bare `postgres` start.
     Wake,
+    /// Connect to first row on a node that has nothing local, from a bucket 20 ms away, against a wake from local data.
+    Cold,
     /// Branch and checkpoint of a large database against a small one, and the stall of the source.
     Branch,
     /// A branch on a thousand layers, against one on two.
@@ -80,6 +83,9 @@ fn main() -> anyhow::Result<()> {
     let is = |bench| cli.bench == bench || cli.bench == Bench::All;
     if is(Bench::Wake) {
         wake::run(&cli.common)?;
+    }
+    if is(Bench::Cold) {
+        cold::run(&cli.common)?;
     }
     if is(Bench::Branch) {
         branch::run(&cli.common)?;

@@ -27,6 +27,14 @@ pub struct Node {
 impl Node {
     /// Starts a server with project `bench` and waits until it answers.
     pub fn start(common: &Common) -> Result<Self> {
+        let mut node = Self::open(common, |_| ())?;
+        let made = node.post("/v1/projects", &json!({"name": "bench"}))?;
+        node.password = made["password"].as_str().context("no password in the answer")?.to_owned();
+        Ok(node)
+    }
+
+    /// Starts a server that is told more, and waits until it answers. It has the projects of its bucket.
+    pub fn open(common: &Common, tell: impl FnOnce(&mut Command)) -> Result<Self> {
         let exe = match &common.ebb {
             Some(path) => path.clone(),
             None => std::env::current_exe()?.with_file_name("ebb"),
@@ -36,7 +44,8 @@ impl Node {
         let data = dir.path().join("data");
         let (proxy_port, api_port) = (free_port()?, free_port()?);
         let log = std::fs::File::create(dir.path().join("serve.log"))?;
-        let server = Command::new(&exe)
+        let mut command = Command::new(&exe);
+        command
             .arg("serve")
             .args(["--listen", &format!("127.0.0.1:{proxy_port}")])
             .args(["--api-listen", &format!("127.0.0.1:{api_port}")])
@@ -46,20 +55,23 @@ impl Node {
             .env("EBB_PG_BIN", &common.pg_bin)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start ebb serve")?;
+            .stderr(log);
+        tell(&mut command);
+        let server = command.spawn().context("cannot start ebb serve")?;
         let api = format!("http://127.0.0.1:{api_port}");
-        let mut node = Node { server, api, proxy_port, password: String::new(), data, _dir: dir };
+        let node = Node { server, api, proxy_port, password: String::new(), data, _dir: dir };
         wait_for("ebb serve", || node.get("/v1/health").is_ok())?;
-        let made = node.post("/v1/projects", &json!({"name": "bench"}))?;
-        node.password = made["password"].as_str().context("no password in the answer")?.to_owned();
         Ok(node)
     }
 
     /// GET, as JSON.
     pub fn get(&self, path: &str) -> Result<Value> {
         Ok(ureq::get(format!("{}{path}", self.api)).call()?.into_body().read_json()?)
+    }
+
+    /// GET, as text.
+    pub fn text(&self, path: &str) -> Result<String> {
+        Ok(ureq::get(format!("{}{path}", self.api)).call()?.into_body().read_to_string()?)
     }
 
     /// POST, as JSON.

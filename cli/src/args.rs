@@ -223,6 +223,15 @@ pub struct ServeArgs {
     /// Bytes that must stay free on the disk of DATA; work is refused below [default: 64 MiB]
     #[arg(long, value_name = "N", env = "EBB_MIN_FREE_BYTES", hide_env_values = true)]
     pub min_free_bytes: Option<u64>,
+    /// Fetch in the background what an awake branch lacks on this node [default: true]
+    #[arg(
+        long, value_name = "BOOL", env = "EBB_HYDRATE", hide_env_values = true,
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    pub hydrate: Option<bool>,
+    /// Bytes that layers may take on the disk of DATA [default: half of the file system]
+    #[arg(long, value_name = "N", env = "EBB_CACHE_LIMIT", hide_env_values = true)]
+    pub cache_limit: Option<u64>,
     /// How long an object that nothing needs any more stays in the bucket [default: 7 days]
     #[arg(long, value_name = "TIME", env = "EBB_COLLECT_GRACE", hide_env_values = true)]
     pub collect_grace: Option<String>,

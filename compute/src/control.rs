@@ -2,6 +2,7 @@
 
 use std::io;
 
+use ebb_storage::layer::Fetched;
 use ebb_types::{LayerId, Lsn};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -72,6 +73,9 @@ pub struct Status {
     pub restarts: u32,
     /// Stages of this unit's wake, in the order they ended: name and microseconds since the unit was asked for.
     pub stages: Vec<(String, u64)>,
+    /// What the unit has fetched of layers that were not whole on this node.
+    #[serde(default)]
+    pub fetched: Fetched,
 }
 
 /// Sends one message as a line.

@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ebb_storage::object_store::BucketAt;
 use ebb_types::{BranchId, LayerId};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncReadExt, BufReader};
@@ -57,6 +58,12 @@ pub struct UnitSpec {
     pub settings: Vec<(String, String)>,
     /// Whether the image is another branch's: no subscription in it may run until someone enables it.
     pub fork: bool,
+    /// Where layers come from that are not whole on this node; without it they must be.
+    #[serde(default)]
+    pub bucket: Option<BucketAt>,
+    /// Whether the layers that are not whole are filled in the background.
+    #[serde(default)]
+    pub hydrate: bool,
     /// Verifiers that must be set if the role has none yet: (role, SCRAM verifier). Applied after the start.
     pub initial_roles: Vec<(String, String)>,
 }

@@ -22,4 +22,5 @@ pub mod state;
 mod test_postgres;
 
 pub use error::{Error, Refusal, Result};
+pub use node::LayerPolicy;
 pub use service::{Answer, AwakeUnit, Caller, CollectPolicy, FoundEndpoint, MIN_FREE_BYTES, Service, ServiceConfig};

@@ -9,6 +9,7 @@ use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ebb_compute::control::Status;
@@ -16,7 +17,7 @@ use ebb_compute::manager::{Unit, UnitSpec};
 use ebb_compute::postgres::{self, Installation, OWNER};
 use ebb_storage::layer::Manifest;
 use ebb_storage::node::NodeStore;
-use ebb_storage::object_store::{Bucket, Put};
+use ebb_storage::object_store::{Bucket, BucketAt, Put};
 use ebb_storage::volume::{Volume, VolumeDirs};
 use ebb_types::{BranchId, LayerId, Lsn};
 use parking_lot::Mutex;
@@ -143,6 +144,27 @@ pub trait Node: Debug + Send + Sync + 'static {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64>;
 }
 
+/// How this machine keeps layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerPolicy {
+    /// Where computes fetch what this machine lacks. Without it an image is made whole before it wakes.
+    pub bucket: Option<BucketAt>,
+    /// Whether what an awake branch lacks is fetched in the background, so that it gets independent of the bucket.
+    pub hydrate: bool,
+    /// Bytes that layers may take on disk; those in use, and those the bucket does not have, may take more. `None`: half of
+    /// the file system.
+    pub cache_limit: Option<u64>,
+}
+
+impl Default for LayerPolicy {
+    fn default() -> Self {
+        Self { bucket: None, hydrate: true, cache_limit: None }
+    }
+}
+
+/// LIMIT: looking through all layers reads every directory of theirs.
+const TRIM_EVERY: Duration = Duration::from_secs(60);
+
 /// The machine this process runs on.
 #[derive(Debug)]
 pub struct LocalNode {
@@ -155,6 +177,9 @@ pub struct LocalNode {
     pending: Mutex<HashMap<LayerId, BranchId>>,
     /// Looked for once: asking each server for its version is a process, and has no place in a wake.
     installations: OnceLock<Vec<Installation>>,
+    policy: LayerPolicy,
+    /// When layers were last looked through for what may be given up. Held by whoever does it.
+    trimmed: tokio::sync::Mutex<Option<Instant>>,
     /// One template is made at a time.
     templates: tokio::sync::Mutex<HashMap<u32, LayerId>>,
 }
@@ -178,8 +203,15 @@ impl LocalNode {
             units: Mutex::default(),
             pending: Mutex::default(),
             installations: OnceLock::new(),
+            policy: LayerPolicy::default(),
+            trimmed: tokio::sync::Mutex::default(),
             templates: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// Keeps layers in this way.
+    pub fn with_layers(self, policy: LayerPolicy) -> Self {
+        Self { policy, ..self }
     }
 
     fn branch_dir(&self, branch: BranchId) -> PathBuf {
@@ -283,9 +315,9 @@ impl LocalNode {
     /// Makes the volume, unless there is one of this line. What is there of another line is stale, and removed.
     async fn ensure_volume(&self, data: &Line, fork: bool) -> Result<()> {
         if self.has_volume(data)? {
-            return Ok(());
+            return self.find_base(data.branch).await;
         }
-        self.fetch(data.head).await?;
+        self.make_openable(data.head).await?;
         let dir = self.branch_dir(data.branch);
         fs::create_dir_all(&dir).on("create", &dir)?;
         self.clear(data.branch).await?;
@@ -293,6 +325,52 @@ impl LocalNode {
         let (dirs, head) = (self.dirs(data.branch), data.head);
         let make = if fork { Volume::create_fork } else { Volume::create };
         blocking("making a volume", move || Ok(make(&dirs, head)?)).await
+    }
+
+    /// Brings what is needed to start from a layer, its roles among it; pages come when they are read.
+    async fn make_openable(&self, layer: LayerId) -> Result<()> {
+        self.settle(layer).await?;
+        match self.policy.bucket {
+            Some(_) => Ok(self.store.ensure_openable(layer).await?),
+            None => Ok(self.store.ensure_local(layer).await?),
+        }
+    }
+
+    /// Brings back what a volume lies on, if this machine does not have it any more.
+    async fn find_base(&self, branch: BranchId) -> Result<()> {
+        for base in self.volume_bases(branch).await? {
+            if self.store.layers_dir().join(base.to_string()).join("manifest").exists() {
+                continue;
+            }
+            // A seal that is not finished has none yet. If it is another that lacks, opening the volume tells.
+            if let Err(error) = self.store.ensure_openable(base).await {
+                tracing::debug!(%branch, %base, %error, "a layer that a volume lies on is not here");
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up layers if they take too much room.
+    async fn trim(&self) -> Result<()> {
+        let Ok(mut trimmed) = self.trimmed.try_lock() else { return Ok(()) };
+        if trimmed.is_some_and(|last| last.elapsed() < TRIM_EVERY) {
+            return Ok(());
+        }
+        let limit = match self.policy.cache_limit {
+            Some(limit) => limit,
+            None => {
+                let found = rustix::fs::statvfs(&self.data_dir).map_err(std::io::Error::from);
+                let found = found.on("look at", &self.data_dir)?;
+                found.f_blocks.saturating_mul(found.f_frsize) / 2
+            }
+        };
+        let mut kept = BTreeSet::new();
+        for branch in self.local_branches().await? {
+            kept.extend(self.volume_bases(branch).await?);
+        }
+        self.store.trim(limit, &kept).await?;
+        *trimmed = Some(Instant::now());
+        Ok(())
     }
 
     async fn manifest(&self, layer: LayerId) -> Result<Option<Manifest>> {
@@ -348,6 +426,8 @@ impl Node for LocalNode {
             pg_bin: installation.bin,
             settings: Vec::new(),
             fork: start.fork,
+            bucket: self.policy.bucket.clone(),
+            hydrate: self.policy.hydrate,
             initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
         };
         let unit = Unit::start(&self.exe, &spec).await?;
@@ -445,13 +525,9 @@ impl Node for LocalNode {
         {
             return Ok(Some(roles));
         }
-        self.settle(data.head).await?;
-        let layer = self.store.layers_dir().join(data.head.to_string());
-        if !layer.join("manifest").exists() {
-            // On a node that has nothing yet: without the image's own verifiers an old password might be let in.
-            self.store.ensure_local(data.head).await?;
-        }
-        read_roles(&layer.join("roles.json"))
+        // On a node that has nothing yet, or a part: without the image's own verifiers an old password might be let in.
+        self.make_openable(data.head).await?;
+        read_roles(&self.store.layers_dir().join(data.head.to_string()).join("roles.json"))
     }
 
     async fn fetch(&self, layer: LayerId) -> Result<()> {
@@ -474,6 +550,9 @@ impl Node for LocalNode {
     async fn upload(&self, layer: LayerId) -> Result<()> {
         self.settle(layer).await?;
         self.store.upload(layer).await?;
+        if let Err(error) = self.trim().await {
+            tracing::warn!(error = error.chain(), "layers that may be given up were not looked for");
+        }
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 15] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -28,6 +28,8 @@ const KEYS: [&str; 13] = [
     "domain",
     "idle-suspend",
     "min-free-bytes",
+    "hydrate",
+    "cache-limit",
     "collect-grace",
     "collect-interval",
 ];
@@ -64,6 +66,12 @@ pub struct Settings {
     pub idle_suspend: Duration,
     /// Bytes that must stay free on the disk of `data`; below, work is refused. Default 64 MiB.
     pub min_free_bytes: u64,
+    /// Whether what an awake branch lacks on this node is fetched in the background. Default yes: the node gets independent
+    /// of the bucket. Without it, only what is read is fetched.
+    pub hydrate: bool,
+    /// Bytes that layers may take on the disk of `data`; above, those used longest ago are given up, unless they are in use
+    /// or nowhere else. Default: half of the file system.
+    pub cache_limit: Option<u64>,
     /// How long an object that nothing needs stays in the bucket. Default 7 days: time to notice a mistake.
     #[serde(serialize_with = "as_text")]
     pub collect_grace: Duration,
@@ -104,6 +112,8 @@ impl Settings {
         let domain = sources.text("domain", args.domain.clone());
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
+        let hydrate = sources.flag("hydrate", args.hydrate, true);
+        let cache_limit = sources.number("cache-limit", args.cache_limit);
         let CollectPolicy { grace, interval } = CollectPolicy::default();
         let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
         let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
@@ -140,6 +150,8 @@ impl Settings {
             domain: domain.unwrap_or_else(|| "localhost".to_owned()),
             idle_suspend,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
+            hydrate,
+            cache_limit,
             collect_grace,
             collect_interval,
             first_project: args.first_project.clone(),

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebb_proxy::{Proxy, ProxyConfig};
-use ebb_storage::object_store;
-use ebb_timeline::{CollectPolicy, Service, ServiceConfig, api};
+use ebb_storage::object_store::{self, BucketAt};
+use ebb_timeline::{CollectPolicy, LayerPolicy, Service, ServiceConfig, api};
 use ebb_types::{ErrorKind, Hint as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
@@ -192,6 +192,10 @@ async fn bind_api(addr: SocketAddr) -> Result<TcpListener, Failure> {
 
 fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, Failure> {
     let exe = std::env::current_exe().map_err(|error| Failure::internal("cannot find this program's file", &error))?;
+    let bucket = BucketAt::new(&settings.bucket, &settings.s3()).map_err(|error| {
+        Failure::new(error.kind(), format!("cannot use the bucket {:?}", settings.bucket)).because(&error)
+    })?;
+    let (hydrate, cache_limit) = (settings.hydrate, settings.cache_limit);
     Ok(ServiceConfig {
         data_dir: settings.data.clone(),
         exe,
@@ -201,6 +205,7 @@ fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, F
         proxy_domain: settings.domain.clone(),
         ca_pem: Some(proxy.ca_pem_path().to_owned()),
         min_free_bytes: settings.min_free_bytes,
+        layers: LayerPolicy { bucket: Some(bucket), hydrate, cache_limit },
         collect: CollectPolicy { grace: settings.collect_grace, interval: settings.collect_interval },
     })
 }

@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ebb_storage::layer::{LazyLayers, Origin};
 use ebb_storage::volume::VolumeDirs;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{geteuid, setsid};
@@ -79,7 +80,10 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     make_run_dir(&branch_dir.join("run"), user)?;
 
     let program = std::env::current_exe().on("find", "/proc/self/exe")?;
-    let house = House::enter(branch_dir, &[branch_dir, &spec.layers_dir, &spec.pg_bin, &program])?;
+    // A bucket in a directory; if it is away just now, the unit may well do without it.
+    let bucket = spec.bucket.as_ref().and_then(|at| at.directory()).filter(|dir| dir.exists());
+    let needed: Vec<&Path> = [branch_dir, &spec.layers_dir, &spec.pg_bin, &program].into_iter().chain(bucket).collect();
+    let house = House::enter(branch_dir, &needed)?;
     fs::write(branch_dir.join(files::PID), format!("{}\n", house.host_pid)).on("write", branch_dir.join(files::PID))?;
     stages.end("isolated");
 
@@ -94,7 +98,8 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
         lock,
         log: branch_dir.join(files::LOG),
     };
-    let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned(), source: None };
+    let source = spec.bucket.clone().map(|at| LazyLayers::new(&spec.layers_dir, Origin::At(at)));
+    let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned(), source };
     Owner::new(spec, dirs, house, plan, stages).run()
 }
 

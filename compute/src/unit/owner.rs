@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ebb_storage::layer::LazyLayers;
 use ebb_storage::volume::{Mount, MountOptions, Sealed, Volume, VolumeDirs};
 use ebb_types::{LayerId, Lsn};
 use nix::sys::signal::Signal;
@@ -51,6 +52,12 @@ const BACKOFF: Duration = Duration::from_millis(100);
 /// LIMIT: a reply is a few hundred bytes to a local peer.
 const FAREWELL_DEADLINE: Duration = Duration::from_secs(1);
 
+/// What is read until so long after Postgres is ready counts as read by the wake.
+const FIRST_ROWS: Duration = Duration::from_secs(1);
+
+/// LIMIT: while as many backends wait for pages from the bucket, others can still read what is here.
+const LAZY_THREADS: usize = 16;
+
 /// What others may see of the unit at any time.
 #[derive(Debug)]
 struct View {
@@ -60,6 +67,8 @@ struct View {
     wal_end: Option<Lsn>,
     restarts: u32,
     stages: Stages,
+    /// Fetches what is missing of the volume's layers.
+    source: Option<Arc<LazyLayers>>,
 }
 
 type SharedView = Arc<Mutex<View>>;
@@ -84,6 +93,7 @@ impl View {
             dirty,
             restarts: self.restarts,
             stages: self.stages.ended(),
+            fetched: self.source.as_ref().map(|source| source.fetched()).unwrap_or_default(),
         }
     }
 }
@@ -110,6 +120,8 @@ pub(super) struct Owner {
     plan: Plan,
     view: SharedView,
     roles: Roles,
+    /// Whether what is missing of layers is fetched in the background.
+    hydrate: bool,
     /// When Postgres was restarted lately, oldest first.
     restarted: VecDeque<Instant>,
     /// Completing layers. They hold the volume open: wait for them before it is closed.
@@ -133,13 +145,22 @@ impl Owner {
         // LIMIT: two events for each run of Postgres, and one run at a time.
         let (events_sender, events) = mpsc::channel(4);
         let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles, spec.fork);
-        let view = View { ready: false, ever_ready: false, postmaster_pid: None, wal_end: None, restarts: 0, stages };
+        let view = View {
+            ready: false,
+            ever_ready: false,
+            postmaster_pid: None,
+            wal_end: None,
+            restarts: 0,
+            stages,
+            source: dirs.source.clone(),
+        };
         Self {
             dirs,
             house: Arc::new(house),
             plan,
             view: Arc::new(Mutex::new(view)),
             roles,
+            hydrate: spec.hydrate,
             restarted: VecDeque::new(),
             finishing: TaskTracker::new(),
             events,
@@ -225,6 +246,7 @@ impl Owner {
                 Action::Event(Event::Ready) => {
                     tracing::info!("postgres is ready");
                     look_at_roles.reset_after(ROLES_AFTER_READY);
+                    settle_down(&mounted.volume, self.hydrate);
                 }
                 Action::Event(Event::Exited(how)) => {
                     (mounted, postmaster) = self.recover(mounted, postmaster, how).await?;
@@ -328,7 +350,14 @@ impl Owner {
         blocking(move || {
             postmaster.bury();
             mounted.mount.unmount()?;
-            Ok(layer.map(|layer| mounted.volume.seal(layer)).transpose()?)
+            let sealed = layer.map(|layer| mounted.volume.seal(layer)).transpose()?;
+            if sealed.is_some() {
+                // After this the layer is uploaded, and its boot set with it.
+                mounted.volume.write_boot_set().unwrap_or_else(|error| {
+                    tracing::warn!(error = chain(&error), "no boot set was written");
+                });
+            }
+            Ok(sealed)
         })
         .await
     }
@@ -400,12 +429,29 @@ fn mount(dirs: &VolumeDirs, house: &House, user: RunAs, view: &SharedView) -> Re
         uid: user.uid,
         gid: user.gid,
         allow_other: geteuid().is_root(),
-        // LIMIT: FUSE threads mostly wait; two let a read pass a sync, more than four bring nothing.
-        threads: thread::available_parallelism().map_or(2, usize::from).clamp(2, 4),
+        threads: match volume.reads_lazily() {
+            true => LAZY_THREADS,
+            // LIMIT: FUSE threads mostly wait; two let a read pass a sync, more than four bring nothing.
+            false => thread::available_parallelism().map_or(2, usize::from).clamp(2, 4),
+        },
     };
     let mount = volume.mount(&house.data(), &options)?;
     look(view).stage("mounted");
     Ok(Mounted { volume, mount })
+}
+
+/// What is left to do once whoever the wake was for has had their first rows.
+fn settle_down(volume: &Arc<Volume>, hydrate: bool) {
+    // A volume that is closed meanwhile must not be kept open by this.
+    let volume = Arc::downgrade(volume);
+    tokio::spawn(async move {
+        sleep(FIRST_ROWS).await;
+        let Some(volume) = volume.upgrade() else { return };
+        volume.booted();
+        if hydrate && let Err(error) = volume.hydrate() {
+            tracing::warn!(error = chain(&error), "layers are not filled in the background");
+        }
+    });
 }
 
 fn reply_to_seal(sealed: Result<Sealed>) -> Reply {

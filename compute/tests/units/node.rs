@@ -89,6 +89,8 @@ impl Node {
             pg_bin: self.installation.bin.clone(),
             settings: Vec::new(),
             fork: false,
+            bucket: None,
+            hydrate: false,
             initial_roles: Vec::new(),
         };
         fs::create_dir_all(&spec.branch_dir).unwrap();

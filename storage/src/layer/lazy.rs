@@ -21,7 +21,7 @@ use ebb_types::LayerId;
 use futures::future::join_all;
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OnceCell, Semaphore};
 
 use super::Ino;
 use super::boot::{BootSet, boot_key};
@@ -31,7 +31,7 @@ use super::partial::{self, Partial, is_partial, is_stale};
 use crate::blocking;
 use crate::error::{Error, LocalContext, Result};
 use crate::node::Scratch;
-use crate::object_store::Bucket;
+use crate::object_store::{self, Bucket, BucketAt};
 
 /// LIMIT: bytes of an object in one request. A frame has 10 to 100 KiB, so a request has many where many are wanted, and
 /// none takes so long that a reader who needs its first frame had better asked alone.
@@ -63,6 +63,8 @@ const RETRY: Duration = Duration::from_secs(30);
 pub enum Origin {
     /// An open bucket.
     Bucket(Bucket),
+    /// A bucket that is opened when it is needed for the first time.
+    At(BucketAt),
 }
 
 /// What was fetched, or answered otherwise, since this process began.
@@ -83,6 +85,7 @@ pub struct Fetched {
 pub struct LazyLayers {
     layers_dir: PathBuf,
     origin: Origin,
+    bucket: OnceCell<Bucket>,
     runtime: OnceLock<Option<Runtime>>,
     /// The partial layers that somebody uses.
     open: Mutex<HashMap<LayerId, Weak<Partial>>>,
@@ -132,6 +135,7 @@ impl LazyLayers {
         Arc::new(Self {
             layers_dir: layers_dir.to_owned(),
             origin,
+            bucket: OnceCell::new(),
             runtime: OnceLock::new(),
             open: Mutex::default(),
             opening: Mutex::default(),
@@ -528,6 +532,7 @@ impl LazyLayers {
     async fn bucket(&self) -> Result<Bucket> {
         match &self.origin {
             Origin::Bucket(bucket) => Ok(bucket.clone()),
+            Origin::At(at) => self.bucket.get_or_try_init(|| object_store::attach(at)).await.cloned(),
         }
     }
 

@@ -398,6 +398,7 @@ impl Rig {
             proxy_domain: "localhost".to_owned(),
             ca_pem: Some("/tls/ca.pem".into()),
             min_free_bytes: 1000,
+            layers: crate::LayerPolicy::default(),
             collect: crate::CollectPolicy::default(),
         }
     }

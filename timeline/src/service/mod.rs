@@ -50,7 +50,7 @@ use crate::error::LocalContext as _;
 use crate::event::Key;
 use crate::ledger::Ledger;
 use crate::machine::Standing;
-use crate::node::{Line, LocalNode, Node};
+use crate::node::{LayerPolicy, Line, LocalNode, Node};
 use crate::secrets::SecretStore;
 use crate::state::ProjectState;
 use crate::{Error, Refusal, Result};
@@ -82,6 +82,8 @@ pub struct ServiceConfig {
     pub ca_pem: Option<PathBuf>,
     /// Bytes that must stay free on the disk of `data_dir`; work is refused below. Usually [`MIN_FREE_BYTES`].
     pub min_free_bytes: u64,
+    /// How this machine keeps layers.
+    pub layers: LayerPolicy,
     /// When what nothing needs is deleted.
     pub collect: CollectPolicy,
 }
@@ -176,6 +178,7 @@ impl Service {
     /// If the bucket or a ledger cannot be read. A single operation that cannot be finished yet is only logged.
     pub async fn open(config: ServiceConfig, bucket: Bucket, clients: SharedClients) -> Result<Arc<Self>> {
         let node = LocalNode::new(config.data_dir.clone(), config.exe.clone(), bucket.clone());
+        let node = node.with_layers(config.layers.clone());
         Self::open_on(config, bucket, clients, Arc::new(node), Arc::new(SystemClock)).await
     }
 

@@ -13,6 +13,7 @@ use super::*;
 use crate::error::Result;
 use crate::layer::{Fetched, LazyLayers, Origin, is_partial};
 use crate::node::NodeStore;
+use crate::object_store::faulty::{Faults, Faulty};
 use crate::object_store::{self, Bucket, ObjectMeta, ObjectStore, Put};
 
 const PAGE: usize = 8192;
@@ -401,6 +402,27 @@ fn a_flipped_byte_is_an_error_and_never_data() {
         }
     }
     assert!(refused > 50 && unreadable > 5, "{refused} refused, {unreadable} unreadable");
+}
+
+#[test]
+fn a_bucket_that_fails_costs_errors_and_never_data() {
+    let source = Source::new();
+    for seed in seeds(3) {
+        let faults = Faults { seed, refused: 0.2, torn: 0.1, corrupt: 0.2, ..Faults::default() };
+        let faulty = Arc::new(Faulty::new(source.bucket.clone(), faults));
+        let cold = Cold::new(faulty.clone());
+        let opened = (0..100).find(|_| wait(cold.store.ensure_openable(source.head)).is_ok());
+        assert!(opened.is_some(), "seed {seed}: it was never opened");
+        let dirs = cold.dirs(Some(cold.store.lazy_layers().clone()));
+        Volume::create(&dirs, source.head).unwrap();
+        let volume = Volume::open(&dirs).unwrap();
+        for page in (0..BIG_PAGES).filter(|page| !(700..705).contains(page)).step_by(13) {
+            let read = (0..100).find_map(|_| page_of(&volume, source.big, page).ok());
+            assert_eq!(read.expect("some try succeeds"), noise(source.big, page), "seed {seed}, page {page}");
+        }
+        let made = faulty.made();
+        assert!(["refused", "torn", "corrupt"].iter().all(|fault| made.contains_key(fault)), "{made:?}");
+    }
 }
 
 #[test]
