@@ -25,7 +25,7 @@ run: ## Build and start `ebb serve` in ./.ebb, make a first project, print its U
 
 test: ## Run every test: unit, integration against real PostgreSQL, end to end
 	scripts/setup test
-	cargo build -p ebb-cli
+	cargo build --workspace --bin ebb
 	$(RUNNER) cargo nextest run --workspace
 
 bench: ## Measure Ebb against its peers; prints ratios

@@ -3,7 +3,7 @@
 //! ```sh
 //! scripts/setup bench                             # pgbouncer, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, depth, many, volume, proxy
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
@@ -17,6 +17,7 @@ mod native;
 mod node;
 mod pgbench;
 mod proxy;
+mod rival;
 mod stats;
 mod volume;
 mod wake;
@@ -66,6 +67,8 @@ enum Bench {
     Cold,
     /// Branch and checkpoint of a large database against a small one, and the stall of the source.
     Branch,
+    /// A branch to its first row, against a btrfs snapshot and a copy by XFS reflinks.
+    Rival,
     /// A branch on a thousand layers, against one on two.
     Depth,
     /// Ten thousand branches of one project.
@@ -89,6 +92,9 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Branch) {
         branch::run(&cli.common)?;
+    }
+    if is(Bench::Rival) {
+        rival::run(&cli.common)?;
     }
     if is(Bench::Depth) {
         depth::run(&cli.common)?;

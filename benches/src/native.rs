@@ -9,22 +9,31 @@ use anyhow::{Context, Result, ensure};
 use crate::Common;
 use crate::node::wait_for;
 
-/// A plain cluster in a temporary directory.
+/// A plain cluster. What is at `dir`: `data`, the socket, the log.
 #[derive(Debug)]
 pub struct Native {
     pg_bin: PathBuf,
     settings: Vec<(String, String)>,
     running: Option<Child>,
-    dir: tempfile::TempDir,
+    dir: PathBuf,
+    /// Where it made its directory itself; removed after the server has stopped.
+    _temporary: Option<tempfile::TempDir>,
 }
 
 impl Native {
     /// `initdb`, with data checksums as Ebb's template has them.
     pub fn create(common: &Common, settings: Vec<(String, String)>) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("ebb-native-").tempdir_in(&common.dir)?;
-        let status = Command::new("chown").arg("postgres").arg(dir.path()).status()?;
+        let temporary = tempfile::Builder::new().prefix("ebb-native-").tempdir_in(&common.dir)?;
+        let mut native = Self::create_in(common, settings, temporary.path())?;
+        native._temporary = Some(temporary);
+        Ok(native)
+    }
+
+    /// The same in a directory that is there.
+    pub fn create_in(common: &Common, settings: Vec<(String, String)>, dir: &Path) -> Result<Self> {
+        let status = Command::new("chown").arg("postgres").arg(dir).status()?;
         ensure!(status.success(), "chown failed");
-        let native = Native { pg_bin: common.pg_bin.clone(), settings, running: None, dir };
+        let native = Self::at(common, settings, dir);
         let status = native
             .as_postgres("initdb")
             .args(["-U", "postgres", "-A", "trust", "--data-checksums", "--encoding=UTF8", "--locale=C.UTF-8", "-D"])
@@ -35,13 +44,18 @@ impl Native {
         Ok(native)
     }
 
+    /// A cluster whose `data` is in a directory already.
+    pub fn at(common: &Common, settings: Vec<(String, String)>, dir: &Path) -> Self {
+        Native { pg_bin: common.pg_bin.clone(), settings, running: None, dir: dir.to_owned(), _temporary: None }
+    }
+
     /// Where the socket is.
     pub fn socket_dir(&self) -> &Path {
-        self.dir.path()
+        &self.dir
     }
 
     fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
+        self.dir.join("data")
     }
 
     fn as_postgres(&self, program: &str) -> Command {
@@ -53,11 +67,11 @@ impl Native {
 
     /// Starts the server and returns at once; the time of the spawn is the caller's to note.
     pub fn spawn(&mut self) -> Result<()> {
-        let log = std::fs::File::create(self.dir.path().join("log"))?;
+        let log = std::fs::File::create(self.dir.join("log"))?;
         let mut command = self.as_postgres("postgres");
         command.arg("-D").arg(self.data());
         command.args(["-c", "listen_addresses="]).arg("-c");
-        command.arg(format!("unix_socket_directories={}", self.dir.path().display()));
+        command.arg(format!("unix_socket_directories={}", self.dir.display()));
         for (name, value) in &self.settings {
             command.arg("-c").arg(format!("{name}={value}"));
         }
@@ -70,7 +84,7 @@ impl Native {
         self.spawn()?;
         let socket = self.socket_dir().join(".s.PGSQL.5432");
         wait_for("postgres", || std::os::unix::net::UnixStream::connect(&socket).is_ok())?;
-        let dir = self.socket_dir().to_owned();
+        let dir = self.dir.clone();
         let ready = self.pg_bin.join("pg_isready");
         wait_for("postgres", || {
             Command::new(&ready).arg("-q").arg("-h").arg(&dir).status().is_ok_and(|status| status.success())

@@ -44,6 +44,11 @@ pub fn report(what: &str, unit: &str, ebb: f64, peer_name: &str, peer: f64, goal
     );
 }
 
+/// Prints two times as [`report`] does, but the ratio of speeds: above one where Ebb was quicker.
+pub fn report_speed(what: &str, ebb: f64, peer_name: &str, peer: f64, goal: &str) {
+    println!("{what:<44} ebb {ebb:>10.2} ms   {peer_name} {peer:>10.2} ms   speed {:>6.3}  goal {goal}", peer / ebb);
+}
+
 /// Prints the heading of a bench: its question, and the conditions.
 pub fn heading(question: &str, conditions: &str) {
     println!("\n# {question}\n  {conditions}");

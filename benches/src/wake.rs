@@ -48,7 +48,7 @@ pub fn run(common: &Common) -> Result<()> {
 }
 
 /// Connects, trying again every half millisecond until somebody answers, and reads one row.
-async fn first_row(conninfo: &str) -> Result<()> {
+pub async fn first_row(conninfo: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     let (client, connection) = loop {
         match tokio_postgres::connect(conninfo, NoTls).await {
