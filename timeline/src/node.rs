@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -22,6 +22,7 @@ use ebb_storage::volume::{Volume, VolumeDirs};
 use ebb_types::{BranchId, LayerId, Lsn};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedMutexGuard;
 
 use crate::artifact::Migration;
 use crate::decide::Found;
@@ -173,6 +174,8 @@ pub struct LocalNode {
     bucket: Bucket,
     store: NodeStore,
     units: Mutex<HashMap<BranchId, Unit>>,
+    /// Whose turn it is to open a branch's volume, to start a unit that will, or to remove it. See [`LocalNode::turn`].
+    turns: Mutex<HashMap<BranchId, Arc<tokio::sync::Mutex<()>>>>,
     /// Layers sealed here that may not be complete, and whose volume they come from.
     pending: Mutex<HashMap<LayerId, BranchId>>,
     /// Looked for once: asking each server for its version is a process, and has no place in a wake.
@@ -201,6 +204,7 @@ impl LocalNode {
             bucket,
             store,
             units: Mutex::default(),
+            turns: Mutex::default(),
             pending: Mutex::default(),
             installations: OnceLock::new(),
             policy: LayerPolicy::default(),
@@ -228,6 +232,15 @@ impl LocalNode {
 
     fn unit(&self, branch: BranchId) -> Option<Unit> {
         self.units.lock().get(&branch).cloned()
+    }
+
+    /// Waits until nobody else on this machine is about to open the branch's volume, to start a unit on it, or to remove
+    /// it: only one process, and only one part of it, can have a volume open, and whoever comes second would fail.
+    ///
+    /// LOCK ORDER: nobody who holds a turn waits for a layer, or for another branch's turn.
+    async fn turn(&self, branch: BranchId) -> OwnedMutexGuard<()> {
+        let turn = self.turns.lock().entry(branch).or_default().clone();
+        turn.lock_owned().await
     }
 
     /// Forgets a unit that failed to answer because it is gone; otherwise its failure stands.
@@ -304,8 +317,9 @@ impl LocalNode {
 
     /// Removes the volume, and the roles that its compute had published: a new volume would keep them otherwise.
     async fn clear(&self, branch: BranchId) -> Result<()> {
-        let dirs = self.dirs(branch);
+        let (dirs, turn) = (self.dirs(branch), self.turn(branch).await);
         blocking("removing a volume", move || {
+            let _turn = turn;
             Volume::remove(&dirs)?;
             files::remove_file(&dirs.branch.join("roles.json"))
         })
@@ -430,6 +444,8 @@ impl Node for LocalNode {
             hydrate: self.policy.hydrate,
             initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
         };
+        // Someone may be finishing what the last unit had begun to seal when it was lost.
+        let _turn = self.turn(branch).await;
         let unit = Unit::start(&self.exe, &spec).await?;
         let socket = unit.socket();
         self.units.lock().insert(branch, unit);
@@ -450,8 +466,12 @@ impl Node for LocalNode {
             return Ok(None);
         }
         // A compute that was lost leaves a volume with more than its last seal: crash-consistent, so a layer as it is.
-        let dirs = self.dirs(data.branch);
-        blocking("sealing a volume", move || Ok(Some(Volume::open(&dirs)?.seal(id)?.layer))).await
+        let (dirs, turn) = (self.dirs(data.branch), self.turn(data.branch).await);
+        blocking("sealing a volume", move || {
+            let _turn = turn;
+            Ok(Some(Volume::open(&dirs)?.seal(id)?.layer))
+        })
+        .await
     }
 
     async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
@@ -515,7 +535,9 @@ impl Node for LocalNode {
 
     async fn remove_branch(&self, branch: BranchId) -> Result<()> {
         self.clear(branch).await?;
-        files::remove_dir(&self.branch_dir(branch))
+        files::remove_dir(&self.branch_dir(branch))?;
+        self.turns.lock().remove(&branch);
+        Ok(())
     }
 
     async fn roles(&self, data: &Line) -> Result<Option<Roles>> {

@@ -55,20 +55,28 @@ impl LocalNode {
     }
 
     async fn finish_seals(&self, branch: BranchId) -> Result<()> {
-        let unit = match self.unit(branch) {
-            Some(unit) => Some(unit),
-            None => Unit::adopt(&self.branch_dir(branch)).await?,
-        };
-        if let Some(unit) = unit {
-            match unit.finish_seals().await {
-                Ok(()) => return Ok(()),
-                Err(error) => self.unless_gone(branch, error).await?,
-            }
+        let Some(unit) = self.unit(branch) else { return self.finish_without_unit(branch).await };
+        match unit.finish_seals().await {
+            Ok(()) => Ok(()),
+            // It is lost: nobody but this, or the next unit, will.
+            Err(ebb_compute::Error::Gone) => self.finish_without_unit(branch).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens the volume, which finishes its seals, unless there is a unit after all: then that one does.
+    async fn finish_without_unit(&self, branch: BranchId) -> Result<()> {
+        let turn = self.turn(branch).await;
+        if let Some(unit) = Unit::adopt(&self.branch_dir(branch)).await? {
+            return Ok(unit.finish_seals().await?);
         }
         let dirs = self.dirs(branch);
-        blocking("finishing seals", move || match Volume::exists(&dirs) {
-            true => Volume::open(&dirs).map(drop).map_err(Error::from),
-            false => Ok(()),
+        blocking("finishing seals", move || {
+            let _turn = turn;
+            match Volume::exists(&dirs) {
+                true => Volume::open(&dirs).map(drop).map_err(Error::from),
+                false => Ok(()),
+            }
         })
         .await
     }

@@ -1,6 +1,7 @@
 //! Volumes and layers of a real cluster, without its processes.
 
 use ebb_storage::object_store;
+use ebb_storage::volume::MountOptions;
 use ebb_types::ErrorKind;
 
 use super::*;
@@ -119,4 +120,28 @@ async fn what_a_node_has_of_volumes_and_layers_is_told() {
     assert_eq!(node.local_layers().await.unwrap(), BTreeSet::new());
     assert_eq!(node.whole_chain(machine.base).await.unwrap(), [machine.base]);
     assert!(node.whole_chain(LayerId::generate()).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_unit_had_begun_to_seal_is_finished_by_one_at_a_time() {
+    let machine = Machine::new().await;
+    let (node, data) = (&machine.node, machine.line(0));
+    node.ensure_volume(&data, false).await.unwrap();
+    for round in 0..20 {
+        let (dirs, at, layer) = (node.dirs(data.branch), machine.dir.path().join("mnt"), LayerId::generate());
+        let lost = move || {
+            fs::create_dir_all(&at).unwrap();
+            let volume = Volume::open(&dirs)?;
+            let mount = volume.mount(&at, &MountOptions { uid: 0, gid: 0, allow_other: false, threads: 1 })?;
+            fs::write(at.join("written"), round.to_string()).unwrap();
+            mount.unmount()?;
+            Ok(volume.begin_seal(layer)?)
+        };
+        assert!(blocking("being a unit", lost).await.unwrap().new);
+        node.note_sealed(layer, data.branch);
+        // Uploads want the layer, while somebody else wants the branch.
+        let (settled, sealed) = tokio::join!(node.settle(layer), node.seal(&data, LayerId::generate()));
+        settled.unwrap();
+        assert_eq!(sealed.unwrap(), Some(layer), "in round {round}");
+    }
 }
