@@ -112,7 +112,8 @@ impl Tree {
     }
 
     pub(super) fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Ino, Errno> {
-        self.directory(parent)?.by_name.get(name).copied().ok_or(Errno::NOENT)
+        let found = self.directory(parent)?.by_name.get(name).copied();
+        found.ok_or(if name.len() > NAME_BYTES_MAX { Errno::NAMETOOLONG } else { Errno::NOENT })
     }
 
     /// Follows a path of plain names from the root.

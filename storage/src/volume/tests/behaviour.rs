@@ -101,6 +101,8 @@ fn impossible_requests_are_refused_with_the_usual_errors() {
     assert_eq!(core.create(999, b"x", 0o600).unwrap_err(), Errno::NOENT);
     assert_eq!(core.create(ROOT_INO, b"file", 0o600).unwrap_err(), Errno::EXIST);
     assert_eq!(core.create(ROOT_INO, &[b'x'; 256], 0o600).unwrap_err(), Errno::NAMETOOLONG);
+    assert_eq!(core.lookup(ROOT_INO, &[b'x'; 256]).unwrap_err(), Errno::NAMETOOLONG);
+    assert_eq!(core.lookup(ROOT_INO, &[b'x'; 255]).unwrap_err(), Errno::NOENT);
     assert_eq!(core.unlink(ROOT_INO, b"dir").unwrap_err(), Errno::ISDIR);
     assert_eq!(core.rmdir(ROOT_INO, b"file").unwrap_err(), Errno::NOTDIR);
     assert_eq!(core.rmdir(ROOT_INO, b"dir").unwrap_err(), Errno::NOTEMPTY);
