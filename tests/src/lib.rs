@@ -7,7 +7,7 @@ mod node;
 mod python;
 mod writer;
 
-pub use node::{Node, Ran, kill, pg_bin};
+pub use node::{Node, Ran, kill, pg_bin, run};
 pub use python::python;
 pub use writer::Writer;
 
@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 
 /// LIMIT: what is waited for takes milliseconds on an idle machine; this allows for a loaded one.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// LIMIT: a command may wait for another's work, for as long as the server lets it; none has work for so long.
+pub const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
 
 /// Waits until something holds.
 ///
@@ -38,4 +41,13 @@ pub async fn wait_until<F: Future<Output = bool>>(what: &str, mut holds: impl Fn
         assert!(Instant::now() < deadline, "waited in vain for {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Waits for an outcome.
+///
+/// # Panics
+/// When there is none within [`PATIENCE`].
+pub async fn within<F: Future>(what: &str, outcome: F) -> F::Output {
+    let outcome = tokio::time::timeout(PATIENCE, outcome).await;
+    outcome.unwrap_or_else(|_| panic!("waited in vain for {what}"))
 }

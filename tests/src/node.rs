@@ -4,6 +4,8 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ebb_test_s3::Seaweed;
@@ -11,7 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
-use crate::{PATIENCE, wait_for};
+use crate::{COMMAND_PATIENCE, PATIENCE, wait_for};
 
 /// Directory of the Postgres programs that tests call: `EBB_TEST_PG_BIN`, or Debian's 15.
 pub fn pg_bin() -> PathBuf {
@@ -165,7 +167,8 @@ impl Node {
             if let Some(status) = self.server.as_mut().and_then(|server| server.try_wait().ok()).flatten() {
                 panic!("ebb serve ended with {status}:\n{}", fs::read_to_string(&self.log).unwrap_or_default());
             }
-            ureq::get(&health).call().is_ok()
+            let asked = ureq::get(&health).config().timeout_global(Some(Duration::from_secs(5))).build().call();
+            asked.is_ok()
         });
     }
 
@@ -180,7 +183,7 @@ impl Node {
                 let _ = server.wait();
                 panic!("ebb serve did not stop");
             }
-            std::thread::sleep(Duration::from_millis(10));
+            thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -198,17 +201,9 @@ impl Node {
 
     /// Runs `ebb` against this node.
     pub fn ebb(&self, args: &[&str]) -> Ran {
-        let out = Command::new(ebb_bin())
-            .args(args)
-            .env("EBB_API", format!("http://127.0.0.1:{}", self.api_port))
-            .stdin(Stdio::null())
-            .output()
-            .expect("ebb can be started");
-        Ran {
-            code: out.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        }
+        let mut command = Command::new(ebb_bin());
+        command.args(args).env("EBB_API", format!("http://127.0.0.1:{}", self.api_port));
+        run(command, COMMAND_PATIENCE).unwrap_or_else(|why| panic!("ebb {args:?} {why}"))
     }
 
     /// Runs `ebb`, which must succeed, and answers its standard output.
@@ -255,13 +250,9 @@ impl Node {
 
     /// Runs a program of Postgres.
     pub fn tool(&self, program: &str, args: &[&str]) -> Ran {
-        let out = Command::new(pg_bin().join(program)).args(args).stdin(Stdio::null()).output();
-        let out = out.unwrap_or_else(|error| panic!("cannot run {program}: {error}"));
-        Ran {
-            code: out.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        }
+        let mut command = Command::new(pg_bin().join(program));
+        command.args(args);
+        run(command, COMMAND_PATIENCE).unwrap_or_else(|why| panic!("{program} {args:?} {why}"))
     }
 
     /// Runs a program of Postgres as superuser on the private socket of an awake branch.
@@ -347,7 +338,7 @@ impl Node {
         // Units of a killed server go on by design; a test that leaves them so ends them here.
         let deadline = Instant::now() + Duration::from_secs(10);
         while !self.processes().is_empty() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
         for (pid, line) in self.processes() {
             faults.push(format!("left running: {pid} {line}"));
@@ -362,7 +353,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let failing = std::thread::panicking();
+        let failing = thread::panicking();
         if failing {
             eprintln!("--- serve.log of {}\n{}", self.data.display(), self.server_log());
             for entry in fs::read_dir(self.data.join("branches")).into_iter().flatten().flatten() {
@@ -382,6 +373,27 @@ impl Drop for Node {
         }
         assert!(failing || faults.is_empty(), "the node left something behind: {faults:?}");
     }
+}
+
+/// Runs a command, which gets nothing to read, to its end.
+///
+/// # Errors
+/// Why there is no end: it cannot be started, or was killed because it took longer than it may.
+pub fn run(mut command: Command, patience: Duration) -> Result<Ran, String> {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.map_err(|error| format!("cannot be started: {error}"))?;
+    let (pid, (ended, outcome)) = (child.id(), mpsc::channel());
+    thread::spawn(move || ended.send(child.wait_with_output()));
+    let Ok(out) = outcome.recv_timeout(patience) else {
+        kill("KILL", pid);
+        return Err(format!("did not end within {} s and was killed", patience.as_secs()));
+    };
+    let out = out.map_err(|error| format!("cannot be waited for: {error}"))?;
+    Ok(Ran {
+        code: out.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+    })
 }
 
 /// Sends a signal to a process of a test's own.

@@ -7,6 +7,8 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
+use crate::within;
+
 /// Writes rows 1, 2, 3 … into table `acknowledged`, each in its own transaction, connecting again whenever it must.
 #[derive(Debug)]
 pub struct Writer {
@@ -23,11 +25,9 @@ impl Writer {
 
     /// Goes on after a row that another writer was told is there.
     pub async fn start_after(url: String, row: i64) -> Self {
-        let client = open(&url).await.expect("a writer can connect");
-        client
-            .batch_execute("create table if not exists acknowledged (n bigint primary key)")
-            .await
-            .expect("a writer can make its table");
+        let client = within("a writer to connect", open(&url)).await.expect("a writer can connect");
+        let made = client.batch_execute("create table if not exists acknowledged (n bigint primary key)");
+        within("a writer to make its table", made).await.expect("a writer can make its table");
         let (stop, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(row)));
         let task = tokio::spawn(write(url, client, stop.clone(), last.clone()));
         Self { stop, last, task }
@@ -47,7 +47,7 @@ impl Writer {
     /// Stops; answers the highest acknowledged row, and the errors it was given on the way.
     pub async fn stop(self) -> (i64, Vec<String>) {
         self.stop.store(true, Ordering::SeqCst);
-        let errors = self.task.await.expect("a writer does not panic");
+        let errors = within("the writer to stop", self.task).await.expect("a writer does not panic");
         (self.last.load(Ordering::SeqCst), errors)
     }
 }

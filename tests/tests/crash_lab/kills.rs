@@ -6,7 +6,7 @@ use ebb_tests::Node;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::lab::{self, BRANCH, Load, Progress};
+use crate::lab::{self, BRANCH, Load, Run};
 
 /// LIMIT: rounds between two looks at every page, of the branch and of one that was taken in between.
 const SOUND_EVERY: u64 = 10;
@@ -16,17 +16,23 @@ async fn a_unit_killed_at_random_moments_loses_nothing() {
     let (seed, rounds) = (lab::seed(), lab::rounds(50));
     let mut rng = StdRng::seed_from_u64(seed);
     let node = Node::with_shop();
+    let mut run = Run::new(&node, seed, rounds);
     let mut load = Load::start(&node, 2, seed).await;
-    let mut progress = Progress::new();
     let mut branches = Vec::new();
     for round in 1..=rounds {
+        run.round(round);
+        run.step("work");
         lab::some_time(&mut rng, Duration::from_millis(700)).await;
+        run.step("kill");
         branches.extend(crash(&node, &mut rng, round));
+        run.step("recovery");
         load.recovered().await;
+        run.step("a look at the rows");
         let last = load.writer.last();
         lab::assert_all_there(&node, last);
         lab::assert_whole(&node, BRANCH);
         if round % SOUND_EVERY == 0 {
+            run.step("a look at a branch");
             if let Some(name) = branches.last() {
                 lab::assert_whole(&node, name);
                 lab::assert_sound(&node, name);
@@ -34,20 +40,27 @@ async fn a_unit_killed_at_random_moments_loses_nothing() {
             for name in branches.drain(..) {
                 node.ok(&["branch", "delete", &name]);
             }
+            run.step("the end of the load");
             let last = load.stop().await;
+            run.step("a look at every page");
             lab::assert_all_there(&node, last);
             lab::assert_sound(&node, BRANCH);
+            run.step("the beginning of the load");
             load = Load::resume(&node, seed + round, last).await;
         }
-        progress.tell(round, last);
+        run.tell(last);
     }
+    run.step("the end of the load");
     let last = load.stop().await;
+    run.step("the last look");
     lab::assert_all_there(&node, last);
     lab::assert_whole(&node, BRANCH);
     lab::assert_sound(&node, BRANCH);
     lab::assert_checksums(&node);
     assert_eq!(node.json(&["ledger", "verify", "shop"])["ok"], true);
-    progress.end(rounds, last);
+    // Whoever comes after a crash waits for the recovery, and is told of nothing else.
+    assert_eq!(node.server_log().lines().find(|line| line.contains("a wake failed")), None);
+    run.end(last);
 }
 
 /// Kills the unit: at rest, in a checkpoint of Postgres, or while it is sealed for a branch. Answers the branch, if it was

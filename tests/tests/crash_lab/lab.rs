@@ -1,11 +1,14 @@
 //! A branch under load, and what must hold of it after every crash.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ebb_tests::{Node, Writer, pg_bin, wait_for};
+use ebb_tests::{Node, Writer, pg_bin, wait_for, within};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinHandle;
@@ -102,12 +105,16 @@ impl Load {
 }
 
 /// TPC-B, until it is dropped or its connection breaks.
+///
+/// Each of its clients has a thread: `PREPARE` waits for its answer (PostgreSQL 15 `pgbench.c`, `prepareCommand`), so that
+/// with one thread for both a client whose `PREPARE` waits for a lock keeps the other, which has it, from ending its
+/// transaction. Whoever wants a stronger lock than both then waits for ever, and everybody behind them.
 struct Pgbench(Child);
 
 impl Pgbench {
     fn start(url: &str) -> Self {
         let child = Command::new(pg_bin().join("pgbench"))
-            .args(["-n", "-T", "86400", "-M", "prepared", "-c", "2", url])
+            .args(["-n", "-T", "86400", "-M", "prepared", "-c", "2", "-j", "2", url])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -138,7 +145,7 @@ impl Ddl {
 
     async fn stop(self) -> Vec<String> {
         self.stop.store(true, Ordering::SeqCst);
-        self.task.await.expect("the client does not panic")
+        within("the client that changes the schema", self.task).await.expect("it does not panic")
     }
 }
 
@@ -212,28 +219,103 @@ pub async fn some_time(rng: &mut StdRng, most: Duration) {
 pub fn kill_unit(node: &Node) {
     let pid = node.unit_pid(BRANCH);
     node.kill_9(pid);
-    wait_for("the unit to be gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
+    wait_for("the unit to be gone", || !Path::new(&format!("/proc/{pid}")).exists());
 }
 
-/// Tells every so often how far a long run has come.
-pub struct Progress {
+/// Where a run is and where its time went: for whoever reads of its failure.
+pub struct Run {
+    seed: u64,
+    rounds: u64,
+    round: u64,
+    step: &'static str,
     begun: Instant,
+    step_begun: Instant,
     told: Instant,
+    spent: BTreeMap<&'static str, Duration>,
+    branch_dir: PathBuf,
 }
 
-impl Progress {
-    pub fn new() -> Self {
-        Self { begun: Instant::now(), told: Instant::now() }
+impl Run {
+    /// A run of so many rounds on a node, which must outlive it: what is told of a failure is looked for there.
+    pub fn new(node: &Node, seed: u64, rounds: u64) -> Self {
+        let now = Instant::now();
+        let branch_dir = node.branch_dir(BRANCH);
+        let spent = BTreeMap::new();
+        Self { seed, rounds, round: 0, step: "begin", begun: now, step_begun: now, told: now, spent, branch_dir }
     }
 
-    pub fn tell(&mut self, round: u64, last: i64) {
+    /// A round begins.
+    pub fn round(&mut self, round: u64) {
+        self.round = round;
+    }
+
+    /// A step begins, and the one before has ended.
+    pub fn step(&mut self, step: &'static str) {
+        *self.spent.entry(self.step).or_default() += self.step_begun.elapsed();
+        (self.step, self.step_begun) = (step, Instant::now());
+    }
+
+    /// Tells every so often how far a long run has come.
+    pub fn tell(&mut self, last: i64) {
         if self.told.elapsed() > Duration::from_secs(60) {
             self.told = Instant::now();
-            println!("round {round} after {} s, {last} rows acknowledged", self.begun.elapsed().as_secs());
+            println!("round {} after {} s, {last} rows acknowledged", self.round, self.begun.elapsed().as_secs());
         }
     }
 
-    pub fn end(&self, rounds: u64, last: i64) {
-        println!("{rounds} rounds in {} s, {last} rows acknowledged, none lost", self.begun.elapsed().as_secs());
+    /// Tells the outcome.
+    pub fn end(mut self, last: i64) {
+        self.step("end");
+        println!("{} rounds in {} s, {last} rows acknowledged, none lost", self.rounds, self.begun.elapsed().as_secs());
+        self.spent.iter().for_each(|(step, spent)| println!("{:8.1} s  {step}", spent.as_secs_f64()));
     }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let (since, step) = (self.step_begun.elapsed().as_secs_f64(), self.step);
+        eprintln!(
+            "--- EBB_TEST_SEED={}, round {} of {}, {since:.1} s into: {step}",
+            self.seed, self.round, self.rounds
+        );
+        processes(&self.branch_dir).iter().for_each(|line| eprintln!("{line}"));
+        let told = Command::new(pg_bin().join("psql"))
+            .env("PGCONNECT_TIMEOUT", "5")
+            .arg("-h")
+            .arg(self.branch_dir.join("run"))
+            .args(["-U", "postgres", "-d", "postgres", "-XAt", "-c", WHO_WAITS])
+            .output();
+        match told {
+            Ok(told) => eprintln!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr)),
+            Err(error) => eprintln!("psql cannot be started: {error}"),
+        }
+        // The logs are told by the node.
+    }
+}
+
+const WHO_WAITS: &str = "select pid, application_name, state, wait_event_type, wait_event, pg_blocking_pids(pid), \
+    state_change, left(query, 80) from pg_stat_activity where backend_type = 'client backend'";
+
+/// The processes of a branch's unit and of this test, and what each waits for in the kernel.
+fn processes(branch_dir: &Path) -> Vec<String> {
+    let unit = fs::read_to_string(branch_dir.join("unit.pid")).unwrap_or_default();
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let of_unit = namespace(unit.trim());
+    let own = format!("PPid:\t{}\n", std::process::id());
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    pids.filter_map(|pid| {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).ok();
+        let status = read("status")?;
+        if !status.contains(&own) && (of_unit.is_none() || namespace(&pid) != of_unit) {
+            return None;
+        }
+        let state = status.lines().find_map(|line| line.strip_prefix("State:\t"))?;
+        let (waits, command) = (read("wchan")?, read("cmdline")?.replace('\0', " "));
+        Some(format!("{pid} {state} {waits}: {}", command.chars().take(120).collect::<String>()))
+    })
+    .collect()
 }

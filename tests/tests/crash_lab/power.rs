@@ -7,7 +7,7 @@ use ebb_tests::{Node, wait_for};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::lab::{self, BRANCH, Load, Progress};
+use crate::lab::{self, BRANCH, Load, Run};
 
 /// A node on a disk of its own. Fields are dropped in this order.
 pub struct Machine {
@@ -49,10 +49,13 @@ async fn a_power_cut_at_random_moments_loses_nothing() {
     let (seed, rounds) = (lab::seed(), lab::rounds(50).div_ceil(10));
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machine = Machine::new(seed);
+    let mut run = Run::new(&machine.node, seed, rounds);
     let mut load = Load::start(&machine.node, 1, seed).await;
-    let mut progress = Progress::new();
     for round in 1..=rounds {
+        run.round(round);
+        run.step("work");
         lab::some_time(&mut rng, Duration::from_millis(1500)).await;
+        run.step("a branch");
         let name = format!("shop/b{round}");
         let branch = ["branch", "create", &name, "--from", BRANCH];
         let made = match rng.random_range(0..3) {
@@ -67,22 +70,27 @@ async fn a_power_cut_at_random_moments_loses_nothing() {
             _ => false,
         };
         let last = load.writer.last();
+        run.step("power cut");
         machine.cut_power();
+        run.step("recovery");
         load.recovered().await;
+        run.step("a look at the rows");
         let node = &machine.node;
         lab::assert_all_there(node, last);
         lab::assert_whole(node, BRANCH);
         assert_eq!(node.json(&["ledger", "verify", "shop"])["ok"], true);
         if made {
+            run.step("a look at the branch");
             lab::assert_whole(node, &name);
             lab::assert_sound(node, &name);
             node.ok(&["branch", "delete", &name]);
         }
-        progress.tell(round, last);
+        run.tell(last);
     }
+    run.step("the last look");
     let last = load.stop().await;
     lab::assert_all_there(&machine.node, last);
     lab::assert_sound(&machine.node, BRANCH);
     lab::assert_checksums(&machine.node);
-    progress.end(rounds, last);
+    run.end(last);
 }

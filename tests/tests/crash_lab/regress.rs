@@ -1,21 +1,25 @@
 //! PostgreSQL's own regression suite, on a volume and on a branch of it. Long: only with `EBB_PG_REGRESS=1`.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
-use ebb_tests::Node;
+use ebb_tests::{Node, run};
+
+/// LIMIT: the suite takes about a minute on an idle machine, and its source has to be fetched once.
+const SUITE_PATIENCE: Duration = Duration::from_secs(1200);
 
 /// Runs `scripts/pg-regress` on an awake branch. Where it fails, the differences are printed.
 fn regress(node: &Node, branch: &str, work: &Path) {
     node.ok(&["compute", "wake", branch]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/pg-regress");
-    let ran = Command::new(script).arg(node.branch_dir(branch).join("run")).arg(work).stdin(Stdio::null()).output();
-    let ran = ran.expect("the script can be started");
-    let out = String::from_utf8_lossy(&ran.stdout);
-    let summary = out.lines().filter(|line| line.contains("tests passed") || line.contains("FAILED"));
+    let mut command = Command::new(script);
+    command.arg(node.branch_dir(branch).join("run")).arg(work);
+    let ran = run(command, SUITE_PATIENCE).unwrap_or_else(|why| panic!("the suite on {branch} {why}"));
+    let summary = ran.stdout.lines().filter(|line| line.contains("tests passed") || line.contains("FAILED"));
     println!("{branch}: {}", summary.collect::<Vec<_>>().join("\n"));
     let diffs = std::fs::read_to_string(work.join("regression.diffs")).unwrap_or_default();
-    assert!(ran.status.success(), "{out}\n{}\n{diffs}", String::from_utf8_lossy(&ran.stderr));
+    assert_eq!(ran.code, 0, "{}\n{}\n{diffs}", ran.stdout, ran.stderr);
 }
 
 #[test]
