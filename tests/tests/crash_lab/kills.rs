@@ -17,34 +17,35 @@ async fn a_unit_killed_at_random_moments_loses_nothing() {
     let mut rng = StdRng::seed_from_u64(seed);
     let node = Node::with_shop();
     let mut run = Run::new(&node, seed, rounds);
-    let mut load = Load::start(&node, 2, seed).await;
+    let mut load = Load::start(&node, seed).await;
     let mut branches = Vec::new();
     for round in 1..=rounds {
         run.round(round);
         run.step("work");
         lab::some_time(&mut rng, Duration::from_millis(700)).await;
         run.step("kill");
-        branches.extend(crash(&node, &mut rng, round));
+        let before = load.writer.last();
+        branches.extend(crash(&node, &mut rng, round).map(|name| (name, before)));
         run.step("recovery");
         load.recovered().await;
         run.step("a look at the rows");
         let last = load.writer.last();
-        lab::assert_all_there(&node, last);
-        lab::assert_whole(&node, BRANCH);
+        lab::assert_whole(&node, BRANCH, last);
         if round % SOUND_EVERY == 0 {
             run.step("a look at a branch");
-            if let Some(name) = branches.last() {
-                lab::assert_whole(&node, name);
-                lab::assert_sound(&node, name);
+            if let Some((name, before)) = branches.last() {
+                lab::assert_whole(&node, name, *before);
+                lab::assert_branch_sound(&node, name);
             }
-            for name in branches.drain(..) {
+            for (name, _) in branches.drain(..) {
                 node.ok(&["branch", "delete", &name]);
             }
             run.step("the end of the load");
             let last = load.stop().await;
             run.step("a look at every page");
             lab::assert_all_there(&node, last);
-            lab::assert_sound(&node, BRANCH);
+            lab::assert_sound(&node);
+            lab::assert_disk_answered(&node);
             run.step("the beginning of the load");
             load = Load::resume(&node, seed + round, last).await;
         }
@@ -53,9 +54,9 @@ async fn a_unit_killed_at_random_moments_loses_nothing() {
     run.step("the end of the load");
     let last = load.stop().await;
     run.step("the last look");
-    lab::assert_all_there(&node, last);
-    lab::assert_whole(&node, BRANCH);
-    lab::assert_sound(&node, BRANCH);
+    lab::assert_whole(&node, BRANCH, last);
+    lab::assert_sound(&node);
+    lab::assert_disk_answered(&node);
     lab::assert_checksums(&node);
     assert_eq!(node.json(&["ledger", "verify", "shop"])["ok"], true);
     // Whoever comes after a crash waits for the recovery, and is told of nothing else.

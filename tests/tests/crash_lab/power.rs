@@ -50,13 +50,13 @@ async fn a_power_cut_at_random_moments_loses_nothing() {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machine = Machine::new(seed);
     let mut run = Run::new(&machine.node, seed, rounds);
-    let mut load = Load::start(&machine.node, 1, seed).await;
+    let mut load = Load::start(&machine.node, seed).await;
     for round in 1..=rounds {
         run.round(round);
         run.step("work");
         lab::some_time(&mut rng, Duration::from_millis(1500)).await;
         run.step("a branch");
-        let name = format!("shop/b{round}");
+        let (name, before) = (format!("shop/b{round}"), load.writer.last());
         let branch = ["branch", "create", &name, "--from", BRANCH];
         let made = match rng.random_range(0..3) {
             // Acknowledged before the cut, or cut off in the middle.
@@ -76,13 +76,12 @@ async fn a_power_cut_at_random_moments_loses_nothing() {
         load.recovered().await;
         run.step("a look at the rows");
         let node = &machine.node;
-        lab::assert_all_there(node, last);
-        lab::assert_whole(node, BRANCH);
+        lab::assert_whole(node, BRANCH, last);
         assert_eq!(node.json(&["ledger", "verify", "shop"])["ok"], true);
         if made {
             run.step("a look at the branch");
-            lab::assert_whole(node, &name);
-            lab::assert_sound(node, &name);
+            lab::assert_whole(node, &name, before);
+            lab::assert_branch_sound(node, &name);
             node.ok(&["branch", "delete", &name]);
         }
         run.tell(last);
@@ -90,7 +89,7 @@ async fn a_power_cut_at_random_moments_loses_nothing() {
     run.step("the last look");
     let last = load.stop().await;
     lab::assert_all_there(&machine.node, last);
-    lab::assert_sound(&machine.node, BRANCH);
+    lab::assert_sound(&machine.node);
     lab::assert_checksums(&machine.node);
     run.end(last);
 }

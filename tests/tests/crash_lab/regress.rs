@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ebb_tests::{Node, run};
 
@@ -15,9 +15,10 @@ fn regress(node: &Node, branch: &str, work: &Path) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/pg-regress");
     let mut command = Command::new(script);
     command.arg(node.branch_dir(branch).join("run")).arg(work);
+    let begun = Instant::now();
     let ran = run(command, SUITE_PATIENCE).unwrap_or_else(|why| panic!("the suite on {branch} {why}"));
     let summary = ran.stdout.lines().filter(|line| line.contains("tests passed") || line.contains("FAILED"));
-    println!("{branch}: {}", summary.collect::<Vec<_>>().join("\n"));
+    println!("{branch}, {} s: {}", begun.elapsed().as_secs(), summary.collect::<Vec<_>>().join("\n"));
     let diffs = std::fs::read_to_string(work.join("regression.diffs")).unwrap_or_default();
     assert_eq!(ran.code, 0, "{}\n{}\n{diffs}", ran.stdout, ran.stderr);
 }
