@@ -1,7 +1,8 @@
 //! A layer: an immutable set of 8 KiB pages, the file tree of a data directory at one moment, and the WAL that
 //! Postgres needs to start on it.
 //!
-//! A layer alone is one link of a chain: it holds the pages written since the layer below it was sealed. Its
+//! A layer alone is one link of a chain: it holds the pages written since the layer below it was sealed, and those that
+//! compaction copied from layers below. Its
 //! [`Manifest`], however, is complete: the whole tree, and for every file where each of its pages is found in the
 //! chain. So opening a layer costs the same at any depth.
 //!

@@ -274,7 +274,7 @@ impl Partial {
     }
 
     /// Whether all frames are here.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.missing.load(Ordering::Acquire) == 0
     }
 

@@ -60,9 +60,10 @@ impl BootReads {
 }
 
 impl Volume {
-    /// Tells that Postgres is up: what is read from now on is not of a wake.
+    /// Tells that Postgres is up: what is read from now on is not of a wake, and compaction may begin.
     pub fn booted(&self) {
         self.core.boot.stop();
+        self.compaction.want();
     }
 
     /// Writes the boot set of the newest sealed layer beside it, where [`crate::node::NodeStore::upload`] finds it: what

@@ -12,6 +12,7 @@
 //! writing, and so finds nothing half done.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +29,7 @@ use super::journal::Record;
 use super::slots::Slots;
 use super::tree::{Entry, Kind, Tree};
 use super::upper::Upper;
-use crate::layer::{Ino, ROOT_INO};
+use crate::layer::{BLOCK_BYTES, Ino, ROOT_INO, Run};
 use crate::pg_files;
 
 /// LIMIT: of the files a process may have open, the part that data files may take; the rest is for everybody else.
@@ -409,6 +410,37 @@ impl Core {
         Ok(sealed)
     }
 
+    // Compaction.
+
+    /// All files, also those that only the kernel still knows.
+    pub(super) fn all_files(&self) -> Vec<Arc<FileNode>> {
+        self.files.read().values().cloned().collect()
+    }
+
+    /// The files that have a name.
+    pub(super) fn named_files(&self) -> Vec<Arc<FileNode>> {
+        let names = self.names.read();
+        let files = self.files.read();
+        files.iter().filter(|(ino, _)| names.tree.get(**ino).is_some()).map(|(_, file)| file.clone()).collect()
+    }
+
+    /// Keeps a file, as the kernel keeps one that is open: it may lose its name meanwhile, but not its contents. `None` if it
+    /// has no name any more.
+    pub(super) fn hold(&self, file: &Arc<FileNode>) -> Option<Held<'_>> {
+        let names = self.names.read();
+        names.tree.get(file.ino())?.refs.fetch_add(1, Ordering::Relaxed);
+        Some(Held { core: self, file: file.clone() })
+    }
+
+    /// Copies pages of a file, which is held, from below into the upper; answers how many. The slot must be on this node.
+    pub(super) fn lift(&self, file: &FileNode, run: Run, buffer: &mut [u8]) -> io::Result<u32> {
+        let pages = &mut buffer[..run.len as usize * BLOCK_BYTES as usize];
+        // Without any lock: what is below does not change.
+        file.read_below(self, run, pages)?;
+        let gate = self.gate.read();
+        file.lift(self, &gate.upper, run, pages)
+    }
+
     /// Tells that a sealed upper is on disk.
     pub(super) fn is_on_disk(&self, upper: &Upper) {
         self.gate.write().sealed.retain(|sealed| sealed.number != upper.number);
@@ -429,6 +461,18 @@ impl Core {
 
     pub(super) fn uncount_handles(&self, count: usize) {
         self.handles.fetch_sub(count, Ordering::Relaxed);
+    }
+}
+
+/// A file that is kept until this is dropped. See [`Core::hold`].
+pub(super) struct Held<'a> {
+    core: &'a Core,
+    pub file: Arc<FileNode>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.core.forget(self.file.ino(), 1);
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 use rustix::fs::FallocateFlags;
@@ -16,7 +17,7 @@ use super::journal::Record;
 use super::page_map::{HOLE, PageMap};
 use super::slots::DataFile;
 use super::upper::{Syncs, Upper};
-use crate::layer::{BLOCK_BYTES, Ino};
+use crate::layer::{BLOCK_BYTES, Ino, Run};
 
 /// LIMIT: block numbers are 32 bits.
 const SIZE_MAX: u64 = (u32::MAX as u64 - 1) * BLOCK_BYTES;
@@ -40,6 +41,8 @@ pub(super) struct FileNode {
     /// Open data files by slot: few, as most files are in one or two layers.
     handles: RwLock<Vec<(u32, Arc<DataFile>)>>,
     syncs: Syncs,
+    /// Writers that may have put into the upper what the page map does not say yet.
+    unmapped: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -86,7 +89,12 @@ impl FileNode {
     }
 
     fn with(ino: Ino, data: Data) -> Self {
-        Self { ino, data: RwLock::new(data), handles: RwLock::default(), syncs: Syncs::default() }
+        let (handles, syncs, unmapped) = (RwLock::default(), Syncs::default(), AtomicUsize::new(0));
+        Self { ino, data: RwLock::new(data), handles, syncs, unmapped }
+    }
+
+    pub(super) fn ino(&self) -> Ino {
+        self.ino
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -130,7 +138,13 @@ impl FileNode {
             let mut at = at;
             for piece in &pieces[..count] {
                 let part = &mut into[done..done + piece.bytes];
-                self.read_piece(core, piece.slot, at, part)?;
+                if let Err(error) = self.read_piece(core, piece.slot, at, part) {
+                    // Compaction may have moved it since, and its layer be gone.
+                    if self.data.read().map.get((at / BLOCK_BYTES) as u32) == piece.slot {
+                        return Err(error);
+                    }
+                    break;
+                }
                 done += piece.bytes;
                 at += piece.bytes as u64;
             }
@@ -220,6 +234,7 @@ impl FileNode {
         if !is_in_upper && !is_whole {
             return Ok(false);
         }
+        let _unmapped = (!is_in_upper).then(|| Unmapped::one(&self.unmapped));
         self.handle(core, upper.slot)?.file()?.write_all_at(bytes, offset)?;
         drop(data);
         if !is_in_upper {
@@ -387,6 +402,67 @@ impl FileNode {
         })
     }
 
+    /// See [`PageMap::next_in`].
+    pub(super) fn next_in(&self, from: u32, max: u32, is_wanted: impl Fn(u32) -> bool) -> Option<Run> {
+        self.data.read().map.next_in(from, max, is_wanted)
+    }
+
+    /// See [`PageMap::tally`].
+    pub(super) fn tally(&self, pages: &mut [u64]) {
+        self.data.read().map.tally(pages);
+    }
+
+    /// Reads pages that are below the upper, past everything that is open for readers.
+    pub(super) fn read_below(&self, core: &Core, run: Run, pages: &mut [u8]) -> io::Result<()> {
+        core.slots.open(run.slot, self.ino)?.read_at(pages, u64::from(run.start) * BLOCK_BYTES)
+    }
+
+    /// Puts copies of pages from below into the upper, as far as they are still there; answers how many.
+    pub(super) fn lift(&self, core: &Core, upper: &Upper, run: Run, pages: &[u8]) -> io::Result<u32> {
+        let mut data = self.data.write();
+        // What a writer has just put into the upper must not be covered by what was there before.
+        if self.unmapped.load(Ordering::Acquire) > 0 {
+            return Ok(0);
+        }
+        let (mut at, end, mut lifted) = (run.start, run.start + run.len, 0);
+        while at < end {
+            let (slot, count) = data.map.run_at(at, end - at);
+            if slot == run.slot {
+                let from = (at - run.start) as usize * BLOCK_BYTES as usize;
+                self.lift_run(core, &mut data, upper, at, &pages[from..][..count as usize * BLOCK_BYTES as usize])?;
+                lifted += count;
+            }
+            at += count;
+        }
+        if lifted > 0 {
+            self.syncs.changed();
+        }
+        Ok(lifted)
+    }
+
+    fn lift_run(&self, core: &Core, data: &mut Data, upper: &Upper, first: u32, pages: &[u8]) -> io::Result<()> {
+        let (start, count) = (u64::from(first) * BLOCK_BYTES, pages.len() as u64 / BLOCK_BYTES);
+        let within = data.size.saturating_sub(start).min(pages.len() as u64);
+        let file = self.upper_file(core, data, upper)?;
+        let file = file.file()?;
+        if let Err(error) = file.write_all_at(&pages[..within as usize], start) {
+            // Else the next seal would find there what the page map finds below.
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file, flags, start, pages.len() as u64)?;
+            return Err(error);
+        }
+        data.map.set(first, count as u32, upper.slot);
+        Ok(())
+    }
+
+    /// Closes data files in slots that are of no use any more.
+    pub(super) fn let_go(&self, core: &Core, is_used: impl Fn(u32) -> bool) {
+        let mut handles = self.handles.write();
+        let before = handles.len();
+        handles.retain(|(slot, _)| is_used(*slot));
+        core.uncount_handles(before - handles.len());
+    }
+
     /// Deletes its contents for good: it has no name, and nobody can reach it.
     pub(super) fn discard(&self, core: &Core, upper: &Upper) {
         core.uncount_handles(self.close_handles());
@@ -394,6 +470,22 @@ impl FileNode {
         if data.own == Some(upper.slot) {
             upper.discard_data(self.ino, data.born != upper.slot || self.syncs.ever());
         }
+    }
+}
+
+/// Counts one, until it is dropped.
+struct Unmapped<'a>(&'a AtomicUsize);
+
+impl<'a> Unmapped<'a> {
+    fn one(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Unmapped<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -22,6 +22,7 @@ use fuser::{
 use rustix::io::Errno;
 
 use super::Volume;
+use super::compact::Compactor;
 use super::core::{Attr, AttrKind, Core};
 use super::image::now_ns;
 use crate::error::{LocalContext, Result};
@@ -63,6 +64,7 @@ pub struct MountOptions {
 pub struct Mount {
     at: PathBuf,
     session: Option<BackgroundSession>,
+    compactor: Option<Compactor>,
     /// Open as long as it is mounted.
     volume: Arc<Volume>,
 }
@@ -82,8 +84,9 @@ impl Mount {
         config.n_threads = Some(options.threads.max(1));
         config.clone_fd = true;
         let adapter = Adapter { core, uid: options.uid, gid: options.gid };
+        let compactor = Compactor::start(&volume).on("start a thread for", at)?;
         let session = fuser::Session::new(adapter, at, &config).and_then(fuser::Session::spawn).on("mount", at)?;
-        Ok(Self { at: at.to_owned(), session: Some(session), volume })
+        Ok(Self { at: at.to_owned(), session: Some(session), compactor: Some(compactor), volume })
     }
 
     /// The volume that is mounted.
@@ -96,6 +99,7 @@ impl Mount {
     /// # Errors
     /// `Local` when something in it is still open; it is then unmounted lazily, and served until it is closed.
     pub fn unmount(mut self) -> Result<()> {
+        drop(self.compactor.take());
         let Some(session) = self.session.take() else { return Ok(()) };
         // The kernel writes a file's pages out before its last `close` returns; so none are left once nothing is open.
         let unmounted = session.umount_and_join();
@@ -108,6 +112,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        drop(self.compactor.take());
         if let Some(session) = self.session.take() {
             detach(&self.at);
             drop(session);

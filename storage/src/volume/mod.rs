@@ -3,7 +3,7 @@
 //! Reads go through a page map in memory, which names for each 8 KiB block the layer that has it; so depth costs
 //! nothing. Writes go to the upper: sparse files by inode number, and a journal of what was done to the tree. An upper
 //! is an unsealed layer: [`Volume::seal`] lets the volume go on with an empty one, and makes of the old one a layer by
-//! adding a manifest and the WAL.
+//! adding a manifest and the WAL. While it is mounted, compaction keeps the layers below few ([`compact`]).
 //!
 //! ```text
 //! branches/<branch id>/
@@ -30,6 +30,7 @@
 
 mod boot;
 mod check;
+mod compact;
 mod core;
 mod file;
 mod fuse;
@@ -51,6 +52,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use ebb_types::LayerId;
@@ -58,6 +60,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FlockOperation};
 use rustix::io::Errno;
 
+use self::compact::Calls;
 use self::core::Core;
 use self::image::Image;
 use self::journal::{Header, Record, WalEnd};
@@ -88,6 +91,9 @@ pub struct Volume {
     is_lazy: bool,
     /// The newest complete layer, and what its control file says. Written under `finishing`.
     base: Mutex<Base>,
+    /// How many layers the newest complete one reads through, itself among them.
+    layers_below: AtomicUsize,
+    compaction: Calls,
     /// Where the WAL ended at the last seal since the volume was opened.
     sealed_end: Mutex<Option<WalEnd>>,
     /// Locked while the volume is open.
@@ -290,6 +296,8 @@ impl Volume {
             turn: Mutex::default(),
             finishing: Mutex::default(),
             pending: Mutex::default(),
+            layers_below: AtomicUsize::new(manifest.chain.len()),
+            compaction: Calls::default(),
             chain: manifest.chain,
             is_lazy,
             base: Mutex::new(Base { layer: state.base, info: manifest.image }),
@@ -407,6 +415,7 @@ impl Volume {
             let Some(Pending { upper, layer }) = oldest else { return Ok(()) };
             self.finish(&upper, layer)?;
             self.pending.lock().pop_front();
+            self.compaction.want();
         }
     }
 
@@ -420,8 +429,9 @@ impl Volume {
             sealed.sync_all(&self.dirs.branch)?;
         }
         seal::finish(&self.dirs, sealed.number, base, layer)?;
-        let info = seal::read_manifest(&self.dirs.layers, layer)?.image;
-        *self.base.lock() = Base { layer, info };
+        let manifest = seal::read_manifest(&self.dirs.layers, layer)?;
+        *self.base.lock() = Base { layer, info: manifest.image };
+        self.layers_below.store(manifest.chain.len(), Ordering::Relaxed);
         self.core.is_on_disk(sealed);
         tracing::info!(%layer, upper = sealed.number + 1, "volume sealed");
         Ok(())
@@ -430,6 +440,11 @@ impl Volume {
     /// The newest complete layer below the upper.
     pub fn base(&self) -> LayerId {
         self.base.lock().layer
+    }
+
+    /// How many layers reads went through when the newest complete one was sealed.
+    fn layers_below(&self) -> usize {
+        self.layers_below.load(Ordering::Relaxed)
     }
 
     /// Whether anything was written (in the volume or in its WAL) that is in no complete layer.

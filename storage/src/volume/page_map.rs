@@ -63,6 +63,35 @@ impl PageMap {
         (slot, length)
     }
 
+    /// The first pages at or after `from` that are in a slot of those wanted, at most `max` of them.
+    pub(super) fn next_in(&self, from: u32, max: u32, is_wanted: impl Fn(u32) -> bool) -> Option<Run> {
+        let end = self.chunks.len() as u32 * CHUNK_PAGES;
+        let mut at = from;
+        while at < end {
+            let (slot, len) = self.run_at(at, (end - at).min(CHUNK_PAGES));
+            if slot != HOLE && is_wanted(slot) {
+                return Some(Run { start: at, len: len.min(max), slot });
+            }
+            at += len;
+        }
+        None
+    }
+
+    /// Adds to each slot's number of pages; slots that the list is too short for are left out.
+    pub(super) fn tally(&self, pages: &mut [u64]) {
+        let mut add = |slot: u32, count: u64| {
+            if let Some(pages) = pages.get_mut(slot as usize) {
+                *pages += count;
+            }
+        };
+        for chunk in &self.chunks {
+            match chunk {
+                Chunk::Uniform(slot) => add(*slot, u64::from(CHUNK_PAGES)),
+                Chunk::Mixed(slots) => slots.iter().for_each(|&slot| add(slot, 1)),
+            }
+        }
+    }
+
     /// Whether all these pages are in one slot.
     pub(super) fn all_in(&self, start: u32, len: u32, slot: u32) -> bool {
         self.run_at(start, len) == (slot, len)
@@ -187,6 +216,18 @@ mod tests {
                 let same = plain[page as usize..][..max as usize].iter().take_while(|&&s| s == plain[page as usize]);
                 prop_assert_eq!(map.run_at(page, max), (plain[page as usize], same.count() as u32));
             }
+            let mut tally = [0; 3];
+            map.tally(&mut tally);
+            let count = |slot: u32| plain.iter().filter(|&&other| other == slot).count() as u64;
+            prop_assert_eq!(tally, [count(0), count(1), count(2)]);
+            let (mut found, mut from) = (Vec::new(), 0);
+            while let Some(run) = map.next_in(from, 100, |slot| slot == 1 || slot == 3) {
+                prop_assert!(run.len <= 100);
+                found.extend((run.start..run.start + run.len).map(|page| (page, run.slot)));
+                from = run.start + run.len;
+            }
+            let wanted = plain.iter().copied().zip(0_u32..).filter(|(slot, _)| *slot == 1 || *slot == 3);
+            prop_assert_eq!(found, wanted.map(|(slot, page)| (page, slot)).collect::<Vec<_>>());
             let again = PageMap::from_runs(&map.runs());
             prop_assert!((0..PAGES + 600).all(|page| again.get(page) == map.get(page)));
             prop_assert!(map.runs().windows(2).all(|w| w[0].start + w[0].len <= w[1].start

@@ -143,10 +143,32 @@ impl Slots {
         lazy.layers.hydrate(chain, move || *forget.boot.write() = BootSet::default())
     }
 
+    /// Whether all of a slot's pages are on this node. If so they stay: nobody evicts a layer that was opened.
+    pub(super) fn is_here(&self, slot: u32) -> io::Result<bool> {
+        let slot = self.slot(slot)?;
+        match slot.dir.get() {
+            Some(Dir::Partial(partial)) => Ok(partial.is_full()),
+            _ => slot.open_if_whole(),
+        }
+    }
+
+    /// Closes the layers that are of no use any more, so that they can be evicted. Who needs one all the same opens it.
+    pub(super) fn let_go(&self, is_used: impl Fn(u32) -> bool) {
+        for (number, slot) in (0..).zip(self.list.write().iter_mut()) {
+            if slot.layer.is_some() && slot.dir.get().is_some() && !is_used(number) {
+                *slot = Arc::new(Slot { path: slot.path.clone(), layer: slot.layer, dir: OnceLock::new() });
+            }
+        }
+    }
+
+    fn slot(&self, slot: u32) -> io::Result<Arc<Slot>> {
+        let slot = self.list.read().get(slot as usize).cloned();
+        slot.ok_or_else(|| io::Error::other("the page map names a layer that is not there"))
+    }
+
     /// Opens the data file of an inode: to be read, and in the upper also to be written. Does not wait for a bucket.
     pub(super) fn open(&self, slot: u32, ino: Ino) -> io::Result<DataFile> {
-        let slot = self.list.read().get(slot as usize).cloned();
-        let slot = slot.ok_or_else(|| io::Error::other("the page map names a layer that is not there"))?;
+        let slot = self.slot(slot)?;
         let lazy = match (&self.lazy, slot.layer) {
             (Some(lazy), Some(layer)) if !slot.open_if_whole()? => Some((lazy.clone(), layer)),
             _ => None,

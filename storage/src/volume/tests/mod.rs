@@ -1,6 +1,7 @@
 //! Tests of the volume: against a model, through crashes, and through a real mount.
 
 mod behaviour;
+mod compact;
 mod crash;
 mod lazy;
 mod model;

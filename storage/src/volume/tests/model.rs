@@ -6,6 +6,8 @@ use std::sync::Arc;
 use ebb_types::LayerId;
 use proptest::prelude::*;
 
+use super::super::compact::Limits;
+use super::compact::AtOnce;
 use super::*;
 
 /// LIMIT: of each kind in a normal run, together with the other tests of this kind well under a minute.
@@ -42,6 +44,8 @@ enum Act {
     TruncateHeld(u8, u32),
     Release(u8),
     Seal,
+    /// Layers are emptied until so many are left, or so much was copied.
+    Compact(u8, u8),
     Reopen,
     Branch(u8),
     Switch(u8),
@@ -73,6 +77,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => (any(), offset()).prop_map(|(held, size)| Act::TruncateHeld(held, size)),
         1 => any().prop_map(Act::Release),
         3 => Just(Act::Seal),
+        2 => (any(), any()).prop_map(|(layers, copies)| Act::Compact(layers, copies)),
         3 => Just(Act::Reopen),
         1 => any().prop_map(Act::Branch),
         1 => any().prop_map(Act::Switch),
@@ -321,6 +326,11 @@ impl Run {
                 }
             }
             Act::Seal => self.seal(),
+            Act::Compact(layers, copies) => {
+                let limits = Limits { layers: layers as usize % 4, bytes: u64::MAX };
+                volume.compact(&limits, &mut AtOnce { copies: u32::from(copies) }).unwrap();
+                self.check();
+            }
             Act::Reopen => {
                 drop(volume);
                 self.reopen();

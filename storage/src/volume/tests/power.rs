@@ -8,6 +8,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rustix::io::Errno;
 
+use super::super::compact::Limits;
+use super::compact::AtOnce;
 use super::worker::{Went, Worker};
 use super::*;
 
@@ -114,6 +116,12 @@ impl History {
         }
     }
 
+    fn compact(&self, rng: &mut StdRng) -> Went {
+        let limits = Limits { layers: rng.random_range(0..3), bytes: u64::MAX };
+        let compacted = self.volume().compact(&limits, &mut AtOnce { copies: rng.random_range(0..40) });
+        if compacted.is_ok() { Went::On } else { Went::DiskFailed }
+    }
+
     fn finish_seals(&self) -> Went {
         if self.volume().finish_seals().is_ok() { Went::On } else { Went::DiskFailed }
     }
@@ -168,6 +176,7 @@ fn a_power_cut_at_any_moment_takes_only_what_was_not_synced() {
                     0 => history.seal(),
                     1 => history.begin_seal(),
                     2 => history.finish_seals(),
+                    3 | 4 => history.compact(&mut rng),
                     _ => history.workers[0].step(&volume),
                 };
                 if went == Went::DiskFailed {
@@ -200,6 +209,15 @@ fn a_power_cut_while_several_work_and_seal_takes_only_what_was_not_synced() {
                         let _ = (0..150).find(|_| worker.step(volume) == Went::DiskFailed);
                     });
                 }
+                let (compacted, compacting) = (&volume, &left);
+                scope.spawn(move || {
+                    let limits = Limits { layers: 1, bytes: u64::MAX };
+                    while compacting.load(Ordering::SeqCst) > 0
+                        && compacted.compact(&limits, &mut AtOnce { copies: u32::MAX }).is_ok()
+                    {
+                        std::thread::yield_now();
+                    }
+                });
                 while left.load(Ordering::SeqCst) > 0 {
                     let id = LayerId::generate();
                     match volume.seal(id) {
@@ -242,7 +260,10 @@ fn a_disk_that_cannot_sync_is_never_said_to_have_synced() {
                 machine.disk.fail(Fault { on: On::Sync, path_has, errno: Errno::IO, times: 1 });
             }
             let volume = history.volume().clone();
-            if step % 12 == 7 {
+            if step % 12 == 10 {
+                // A failure of it is no one else's, unless they rely on what failed: then they are told as well.
+                history.compact(&mut rng);
+            } else if step % 12 == 7 {
                 if history.seal() == Went::DiskFailed {
                     // It may have failed after the switch: then the next one is about another layer.
                     break;

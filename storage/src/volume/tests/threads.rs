@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::compact::compact;
 use super::worker::{Went, Worker};
 use super::*;
 
@@ -77,6 +78,11 @@ fn every_layer_is_one_moment_of_all_threads() {
             });
         }
         let _stop = Stop(&stop);
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                compact(&volume, 3);
+            }
+        });
         for branch in 1..=60 {
             let done: Vec<_> = counters.iter().map(|counter| counter.done.load(Ordering::SeqCst)).collect();
             let layer = volume.seal(LayerId::generate()).unwrap().layer;
@@ -125,6 +131,12 @@ fn nobody_loses_anything_when_all_work_and_seal_at_once() {
                         }
                     });
                 }
+                let (compacted, compacting) = (&volume, &left);
+                scope.spawn(move || {
+                    while compacting.load(Ordering::SeqCst) > 0 {
+                        compact(compacted, seed as usize % 3);
+                    }
+                });
                 while left.load(Ordering::SeqCst) > 0 {
                     volume.seal(LayerId::generate()).unwrap();
                 }
