@@ -9,6 +9,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use super::super::compact::Compacted;
+use super::compact::compact;
 use super::*;
 use crate::error::Result;
 use crate::layer::{Fetched, LazyLayers, Origin, is_partial};
@@ -317,6 +319,28 @@ fn a_partial_layer_of_another_run_of_the_machine_is_garbage() {
     std::fs::write(&have, &bytes).unwrap();
     wait(again.remove_leftovers()).unwrap();
     assert!(!cold.layer(source.head).exists());
+}
+
+#[test]
+fn nothing_is_fetched_to_be_compacted() {
+    let source = Source::new();
+    let cold = Cold::new(source.bucket.clone());
+    let volume = cold.volume(source.head);
+    page_of(&volume, source.big, 600).unwrap();
+    let before = cold.fetched();
+    assert_eq!(compact(&volume, 0), Compacted { before: 2, layers: 2, pages: 0 });
+    assert_eq!(cold.fetched(), before);
+    // One layer becomes whole while it is open, and the other had not been opened.
+    let chain = wait(cold.store.manifest(source.head)).unwrap().chain;
+    for layer in &chain {
+        wait(cold.store.lazy_layers().complete(*layer)).unwrap();
+    }
+    let before = cold.fetched();
+    let compacted = compact(&volume, 0);
+    assert!(compacted.layers == 0 && compacted.pages > BIG_PAGES, "{compacted:?}");
+    assert_eq!(cold.fetched(), before);
+    chain.iter().for_each(|layer| std::fs::remove_dir_all(cold.layer(*layer).join("data")).unwrap());
+    assert_same(&contents(&volume), &source.contents, "out of the upper");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use super::super::{Mount, MountOptions};
+use super::compact::compact;
 use super::*;
 use crate::node::NodeStore;
 
@@ -286,4 +287,56 @@ fn postgres_lives_on_a_volume_and_on_a_branch_taken_in_the_middle() {
     fourth.check_balances();
     fourth.end();
     branch.end();
+}
+
+#[test]
+fn postgres_notices_nothing_of_compaction() {
+    let node = Node::new();
+    let base = cluster(&node);
+    Volume::create(&node.dirs(0), base).unwrap();
+    let mut server = Server::new(&node, 0);
+    run(server.pgbench(&["-i", "-s", "2", "-q"]));
+    let chain = |layer: LayerId| super::super::seal::read_manifest(&node.layers(), layer).unwrap().chain;
+
+    // Sealed and compacted without pause under TPC-B.
+    let mut load = server.pgbench(&["-c", "4", "-T", "5", "-M", "prepared"]).stdout(Stdio::null()).spawn().unwrap();
+    let (mut layers, mut emptied) = (Vec::new(), 0);
+    while load.try_wait().unwrap().is_none() {
+        layers.push(server.volume.seal(LayerId::generate()).unwrap().layer);
+        let compacted = compact(&server.volume, 4);
+        emptied += compacted.before - compacted.layers;
+    }
+    assert!(check(&load.wait_with_output().unwrap(), "pgbench").is_empty());
+    server.check_balances();
+    server.check_integrity();
+    let middle = layers[layers.len() / 2];
+    assert!(layers.len() > 10 && emptied > layers.len() / 2, "{emptied} of {}", layers.len());
+    // A compaction lies between two seals; what was just being written stays where it is.
+    assert!(chain(middle).len() <= 10, "{:?}", chain(middle));
+
+    // Killed with copies in the upper.
+    run(server.pgbench(&["-c", "2", "-t", "100", "-n"]));
+    let acknowledged = server.psql("SELECT count(*) FROM pgbench_history");
+    compact(&server.volume, 0);
+    server.kill();
+    server.start();
+    assert_eq!(server.psql("SELECT count(*) FROM pgbench_history"), acknowledged);
+    server.check_balances();
+    server.check_integrity();
+    let volume = server.end();
+    compact(&volume, 0);
+    let last = volume.seal(LayerId::generate()).unwrap().layer;
+    assert_eq!(chain(last), [last], "one layer has it all");
+    drop(volume);
+    for layer in layers.iter().filter(|layer| **layer != middle && !chain(middle).contains(layer)) {
+        fs::remove_dir_all(node.layers().join(layer.to_string())).unwrap();
+    }
+
+    for (branch, layer) in [(1, middle), (2, last)] {
+        Volume::create(&node.dirs(branch), layer).unwrap();
+        let image = Server::new(&node, branch);
+        image.check_balances();
+        image.check_integrity();
+        image.end();
+    }
 }
