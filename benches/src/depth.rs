@@ -1,27 +1,30 @@
-//! Does it cost anything to lie on a thousand layers?
+//! Does it cost anything to have been sealed a thousand times?
+//!
+//! Compaction goes on beside it, so that in the end the branch lies on fewer layers; how many is told, too.
 
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use ebb_storage::layer::Manifest;
 use serde_json::json;
 use tokio_postgres::NoTls;
 
 use crate::Common;
-use crate::node::Node;
+use crate::node::{Node, wait_for};
 use crate::pgbench::{self, over_socket};
 use crate::stats::{Samples, heading, report};
 
-/// Layers of the deep branch.
-const LAYERS: usize = 1000;
+/// Seals of the deep branch.
+const SEALS: usize = 1000;
 
 /// Checkpoints a branch a thousand times while its pages change, then wakes it and reads it, in turns with one beside it
-/// that lies on a single layer more than its parent.
+/// that was never sealed while it was awake.
 pub fn run(common: &Common) -> Result<()> {
     let rounds = common.rounds.unwrap_or(5);
     let scale = common.scale.unwrap_or(10);
     heading(
-        "depth: waking and reading a branch on 1,000 layers, against one on two",
+        "depth: waking and reading a branch that was sealed 1,000 times, against one that was not",
         &format!(
             "{rounds} rounds of {} s, in turns, each on a fresh mount; select-only, scale {scale}; goal reads >= 0.95, wake <= 2",
             common.seconds
@@ -34,8 +37,18 @@ pub fn run(common: &Common) -> Result<()> {
     for branch in ["flat", "deep"] {
         node.post("/v1/projects/bench/branches", &json!({"name": branch, "from": "bench/prod"}))?;
     }
-    let taken = deepen(&node, scale)?;
+    let (taken, deepest) = deepen(&node, scale)?;
     report("1,000th checkpoint against the first, p50", "ms", taken[1].median(), "first", taken[0].median(), "<= 1.2");
+    let layers = |branch: &str| Ok::<_, anyhow::Error>(layers_of(&node, branch)? as f64);
+    report(
+        "layers after 1,000 checkpoints, deepest among 20",
+        "layers",
+        deepest as f64,
+        "seals",
+        SEALS as f64,
+        "<= 0.1",
+    );
+    report("layers then", "layers", layers("deep")?, "flat", layers("flat")?, "<= 65");
 
     let sides = ["deep", "flat"];
     let mut wakes: [Samples; 2] = Default::default();
@@ -57,15 +70,17 @@ pub fn run(common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// Puts a thousand layers on `deep`, each with some pages of its own; how long the first and the last fifty took.
-fn deepen(node: &Node, scale: u32) -> Result<[Samples; 2]> {
+/// Seals `deep` a thousand times, each time with some pages of its own; how long the first and the last fifty checkpoints
+/// took, and on how many layers it lay at most.
+fn deepen(node: &Node, scale: u32) -> Result<([Samples; 2], usize)> {
     let socket = node.wake("deep")?;
     let conninfo = format!("host={} user=postgres dbname=app", socket.display());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (client, connection) = runtime.block_on(tokio_postgres::connect(&conninfo, NoTls))?;
     let connection = runtime.spawn(connection);
     let mut taken: [Samples; 2] = Default::default();
-    for layer in 0..LAYERS {
+    let mut deepest = 0;
+    for layer in 0..SEALS {
         let change = format!(
             "update pgbench_accounts set abalance = abalance + 1 where aid in (select (random() * {rows})::int from generate_series(1, 8)); checkpoint",
             rows = scale * 100_000
@@ -78,10 +93,23 @@ fn deepen(node: &Node, scale: u32) -> Result<[Samples; 2]> {
             950.. => taken[1].add_time(begun.elapsed()),
             _ => {}
         }
+        if layer % 50 == 49 {
+            deepest = deepest.max(layers_of(node, "deep")?);
+        }
     }
     drop(client);
     runtime.block_on(connection)??;
-    Ok(taken)
+    Ok((taken, deepest))
+}
+
+/// How many layers the head of a branch lies on, itself among them.
+fn layers_of(node: &Node, branch: &str) -> Result<usize> {
+    let shown = node.get(&format!("/v1/projects/bench/branches/{branch}"))?;
+    let head = shown["head"].as_str().context("a branch has no head")?.to_owned();
+    let path = node.data.join("layers").join(&head).join("manifest");
+    // The layer is completed after the seal was answered.
+    wait_for("a layer", || path.exists())?;
+    Ok(Manifest::decode(&head, &std::fs::read(path)?)?.chain.len())
 }
 
 /// Memory of the unit that serves a socket directory, without what it shares with others.
