@@ -501,14 +501,15 @@ fn remove_children(manifest: &Manifest, parent: Ino, records: &mut Vec<Record>) 
 }
 
 /// Follows seals that were begun to the upper that is not sealed.
-fn finish_seals(dirs: &VolumeDirs, recorded: State) -> Result<(State, journal::Contents)> {
-    let mut state = recorded;
+fn finish_seals(dirs: &VolumeDirs, mut state: State) -> Result<(State, journal::Contents)> {
     loop {
         let path = |number| dir_of(&dirs.branch, number).join("journal");
         if !path(state.upper).exists() {
             // The last step of a seal is missing.
             let header = journal::read_header(&path(state.upper + 1))?;
             state = State::new(header.base, header.upper);
+            // CRASH: Now, and not with the next layer: the journal that leads on from here may be its.
+            state.write(&dirs.branch)?;
         }
         let contents = journal::read(&path(state.upper))?;
         if (Header { upper: state.upper, base: state.base }) != contents.header {
@@ -516,9 +517,6 @@ fn finish_seals(dirs: &VolumeDirs, recorded: State) -> Result<(State, journal::C
             return Err(Error::Corrupt { what: format!("journal {:?}", path(state.upper)), why });
         }
         let Some(&Record::Seal { layer }) = contents.records.last() else {
-            if state != recorded {
-                state.write(&dirs.branch)?;
-            }
             return Ok((state, contents));
         };
         let next = Header { upper: state.upper + 1, base: layer };

@@ -241,6 +241,30 @@ fn a_seal_is_finished_from_wherever_it_stopped() {
 }
 
 #[test]
+fn seals_that_wait_are_finished_though_each_attempt_ends_before_it_is_recorded() {
+    let (node, volume, ino) = with_table();
+    let (dirs, base) = (node.dirs(0), volume.base());
+    let layers = [2, 3, 4].map(|byte| {
+        volume.core.write(ino, 0, &[byte; BLOCK as usize]).unwrap();
+        volume.begin_seal(LayerId::generate()).unwrap().layer
+    });
+    drop(volume);
+    // The first is a layer, and nobody has written that down.
+    seal::finish(&dirs, 1, base, layers[0]).unwrap();
+    State::new(base, 1).write(&dirs.branch).unwrap();
+    let in_the_way = dirs.branch.join("volume.new");
+    for _ in 0..3 {
+        std::fs::create_dir(&in_the_way).unwrap();
+        assert!(Volume::open(&dirs).is_err());
+        std::fs::remove_dir(&in_the_way).unwrap();
+    }
+    let volume = reopen(&node);
+    assert_eq!(volume.base(), layers[2]);
+    assert_eq!(read_all(&volume, ino)[..BLOCK as usize], [4; BLOCK as usize]);
+    assert_eq!(read_all(&node.volume(1, layers[1]), ino)[..BLOCK as usize], [3; BLOCK as usize]);
+}
+
+#[test]
 fn a_seal_happened_also_if_the_next_upper_was_lost() {
     for loss in 0..3 {
         let (node, volume, ino) = with_table();
