@@ -433,6 +433,7 @@ impl Volume {
         *self.base.lock() = Base { layer, info: manifest.image };
         self.layers_below.store(manifest.chain.len(), Ordering::Relaxed);
         self.core.is_on_disk(sealed);
+        self.core.slots.became_layer(sealed.slot, layer, self.dirs.layers.join(layer.to_string()).join("data"));
         tracing::info!(%layer, upper = sealed.number + 1, "volume sealed");
         Ok(())
     }

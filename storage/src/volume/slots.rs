@@ -55,7 +55,7 @@ struct Lazy {
 struct Slot {
     /// Where it was when it was added.
     path: PathBuf,
-    /// The layer; `None` if it is, or was since the volume was opened, the upper.
+    /// The layer; `None` if it is the upper, or was sealed and is not complete.
     layer: Option<LayerId>,
     dir: OnceLock<Dir>,
 }
@@ -108,6 +108,18 @@ impl Slots {
         let mut list = self.list.write();
         list.push(Arc::new(Slot { path: path.to_owned(), layer: None, dir: OnceLock::from(Dir::Whole(dir)) }));
         (list.len() - 1) as u32
+    }
+
+    /// Tells that a former upper is a complete layer now, with its data files here.
+    pub(super) fn became_layer(&self, number: u32, layer: LayerId, path: PathBuf) {
+        let mut list = self.list.write();
+        let Some(slot) = list.get_mut(number as usize) else { return };
+        let Some(Dir::Whole(dir)) = slot.dir.get() else { return };
+        match dir.try_clone() {
+            Ok(dir) => *slot = Arc::new(Slot { path, layer: Some(layer), dir: OnceLock::from(Dir::Whole(dir)) }),
+            // It stays open as long as the volume is.
+            Err(error) => tracing::warn!(%layer, %error, "a layer cannot be let go of"),
+        }
     }
 
     pub(super) fn len(&self) -> u32 {

@@ -324,10 +324,19 @@ fn what_is_written_meanwhile_is_never_covered_by_what_was_there_before() {
 
 #[test]
 fn layers_that_are_let_go_are_not_locked_any_more() {
+    for reopened in [false, true] {
+        check_locks(reopened);
+    }
+}
+
+/// Layers that were below when the volume was opened, or that it sealed itself.
+fn check_locks(reopened: bool) {
     let node = Node::in_memory();
-    let (volume, set) = deep(&node, 20);
-    drop(volume);
-    let volume = Volume::open(&node.dirs(0)).unwrap();
+    let (mut volume, set) = deep(&node, 20);
+    if reopened {
+        drop(volume);
+        volume = Volume::open(&node.dirs(0)).unwrap();
+    }
     set.check(&volume);
     let chain = manifest(&node, volume.base()).chain;
     let is_locked = |layer: &LayerId| {
