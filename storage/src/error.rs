@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ebb_types::{ErrorKind, Hint, LayerId};
+use ebb_types::{ErrorKind, Hint, LayerId, Lsn};
 
 /// The result of a storage act.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -66,6 +66,16 @@ pub enum Error {
     /// The layer is neither on this node nor in the bucket.
     #[error("layer {0} is neither on this node nor in the bucket")]
     NoSuchLayer(LayerId),
+    /// The archive does not hold that WAL, or not without a gap.
+    #[error("WAL of Postgres timeline {pg_timeline} up to {to} is not in the archive {archive:?}")]
+    NoSuchWal {
+        /// The archive's prefix.
+        archive: String,
+        /// The wanted Postgres timeline.
+        pg_timeline: u32,
+        /// The wanted end.
+        to: Lsn,
+    },
     /// The caller asked for something that makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -77,7 +87,7 @@ impl Error {
         match self {
             Error::Local { source, .. } if is_full(source) => ErrorKind::Unavailable,
             Error::Local { .. } => ErrorKind::Internal,
-            Error::NoSuchObject { .. } | Error::NoSuchLayer(_) => ErrorKind::NotFound,
+            Error::NoSuchObject { .. } | Error::NoSuchLayer(_) | Error::NoSuchWal { .. } => ErrorKind::NotFound,
             Error::Bucket { .. } => ErrorKind::Unavailable,
             Error::Unusable { kind, .. } => *kind,
             Error::Overtaken { .. } => ErrorKind::Fenced,

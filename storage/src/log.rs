@@ -9,6 +9,7 @@
 //! **Crash**: an append that was cut off is in the log whole, or not at all. Appending the same bytes at the same
 //! number again settles which.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -91,6 +92,28 @@ impl Log {
         }
     }
 
+    /// The numbers of the entries that exist: from the oldest that was not cut off to the one after the last. Costs a
+    /// listing, and a look for entries that it lacks.
+    ///
+    /// # Errors
+    /// `Corrupt` when something else lies among them.
+    pub async fn extent(&self) -> Result<Range<u64>> {
+        let listed = self.bucket.list(&format!("{}/", self.prefix), None).await?;
+        let numbers = listed.iter().map(|object| self.seq(&object.key)).collect::<Result<Vec<_>>>()?;
+        let mut end = numbers.last().map_or(0, |last| last + 1);
+        while self.bucket.head(&self.key(end)).await?.is_some() {
+            end += 1;
+        }
+        let first = numbers.first().copied().unwrap_or(0);
+        self.known.fetch_max(end, Ordering::Relaxed);
+        Ok(first..end)
+    }
+
+    /// The first bytes of the entry at `seq`, which must have as many.
+    pub async fn get_start(&self, seq: u64, bytes: u64) -> Result<Bytes> {
+        self.bucket.get_range(&self.key(seq), 0..bytes).await
+    }
+
     /// The bucket would take any number; the log takes only the next.
     async fn check_no_gap(&self, seq: u64) -> Result<()> {
         if seq <= self.known.load(Ordering::Relaxed) {
@@ -110,7 +133,8 @@ impl Log {
         self.get(seq).await?.ok_or_else(gap)
     }
 
-    fn key(&self, seq: u64) -> String {
+    /// The key of the object that the entry at `seq` is, or would be.
+    pub fn key(&self, seq: u64) -> String {
         format!("{}/{seq:020}", self.prefix)
     }
 
@@ -168,6 +192,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_extent_is_found_whatever_a_listing_lacks_or_was_cut_off() {
+        let (_root, bucket, below) = empty_log().await;
+        let faulty = Arc::new(Faulty::new(bucket.clone(), Faults { seed: 3, behind: 1.0, ..Faults::default() }));
+        let log = Log::new(faulty.clone(), "projects/shop/ledger");
+        assert_eq!(log.extent().await.unwrap(), 0..0);
+        for seq in 0..12 {
+            log.append(seq, format!("entry {seq}").into()).await.unwrap();
+            assert_eq!(log.extent().await.unwrap(), 0..seq + 1);
+        }
+        assert!(faulty.made()["behind"] > 0);
+        bucket.delete(&below.key(0)).await.unwrap();
+        bucket.delete(&below.key(1)).await.unwrap();
+        assert_eq!(below.extent().await.unwrap(), 2..12);
+        assert_eq!(below.get_start(7, 5).await.unwrap(), "entry");
+    }
+
+    #[tokio::test]
     async fn a_gap_is_never_made_and_always_found() {
         let (_root, bucket, log) = empty_log().await;
         assert!(matches!(log.append(1, "b".into()).await, Err(Error::Invalid(_))));
@@ -182,6 +223,7 @@ mod tests {
         bucket.put(&log.key(1), "entry 1".into()).await.unwrap();
         bucket.put("projects/shop/ledger/notes.txt", Bytes::new()).await.unwrap();
         assert!(matches!(log.read(0).await, Err(Error::Corrupt { .. })));
+        assert!(matches!(log.extent().await, Err(Error::Corrupt { .. })));
     }
 
     /// One writer of the race: appends its entries as others overtake it, some twice as after a lost answer, and

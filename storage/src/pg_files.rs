@@ -17,7 +17,8 @@
 //! ```
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use ebb_types::Lsn;
@@ -156,6 +157,16 @@ pub(crate) fn is_wal_segment_size(bytes: u32) -> bool {
     bytes.is_power_of_two() && (1 << 20..=1 << 30).contains(&bytes)
 }
 
+/// The Postgres timelines that a history file tells of, oldest first, and where each was left for the next
+/// (PostgreSQL 15 `timeline.c`, `readTimeLineHistory`).
+pub fn switches_in(history: &[u8]) -> Vec<(u32, Lsn)> {
+    let switch = |line: &str| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    };
+    String::from_utf8_lossy(history).lines().filter_map(switch).collect()
+}
+
 /// One WAL segment: which one, on which Postgres timeline, of which size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WalSegment {
@@ -206,7 +217,38 @@ impl WalSegment {
     pub fn next(&self) -> Self {
         Self { number: self.number + 1, ..*self }
     }
+
+    /// Whether Postgres has begun a page of the segment that `file` is. It begins them in order.
+    pub fn has_begun_page(&self, file: &File, page: u64) -> bool {
+        let mut header = [0; 16];
+        if file.read_exact_at(&mut header, page * WAL_PAGE_BYTES).is_err() {
+            return false;
+        }
+        // A page that is left from another segment has that one's address.
+        let address = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
+        header[1] == WAL_MAGIC_HIGH && address == self.start().0 + page * WAL_PAGE_BYTES
+    }
+
+    /// Where the last page begins that was begun in the segment that `file` is; where the segment does, if none was.
+    pub fn last_page(&self, file: &File) -> Lsn {
+        let (mut begun, mut not) = (0, u64::from(self.segment_bytes) / WAL_PAGE_BYTES);
+        while not - begun > 1 {
+            let middle = begun + (not - begun) / 2;
+            match self.has_begun_page(file, middle) {
+                true => begun = middle,
+                false => not = middle,
+            }
+        }
+        Lsn(self.start().0 + begun * WAL_PAGE_BYTES)
+    }
 }
+
+/// Size of a page of WAL in the default build (`XLOG_BLCKSZ`).
+pub const WAL_PAGE_BYTES: u64 = 8192;
+
+/// What the second byte of every supported version's `XLOG_PAGE_MAGIC` is (14: 0xD10D, 18: 0xD118; little-endian), with
+/// which a page begins. Its address is 8 bytes on (PostgreSQL 15, `xlog_internal.h`, `XLogPageHeaderData`).
+const WAL_MAGIC_HIGH: u8 = 0xD1;
 
 /// How many segments share the middle eight digits of a file name.
 fn segments_per_high(segment_bytes: u32) -> u64 {
@@ -299,6 +341,30 @@ mod tests {
         }
         assert_eq!(WalSegment::parse("000000010000000000000100", 16 << 20), None, "past the last of 256");
         assert_eq!(WalSegment::parse("000000010000000000000002.partial", 16 << 20), None);
+    }
+
+    #[test]
+    fn the_last_page_begun_is_found() {
+        let segment = WalSegment { pg_timeline: 1, number: 5, segment_bytes: 1 << 20 };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert_eq!(segment.last_page(&file), segment.start());
+        for page in 0..128 {
+            let lsn = Lsn(segment.start().0 + page * WAL_PAGE_BYTES);
+            assert!(!segment.has_begun_page(&file, page));
+            file.write_all_at(&0xD110_u16.to_le_bytes(), page * WAL_PAGE_BYTES).unwrap();
+            assert!(!segment.has_begun_page(&file, page), "it has another address");
+            file.write_all_at(&lsn.0.to_le_bytes(), page * WAL_PAGE_BYTES + 8).unwrap();
+            assert_eq!(segment.last_page(&file), lsn);
+        }
+        assert!(!segment.has_begun_page(&file, 128));
+    }
+
+    #[test]
+    fn history_files_tell_where_timelines_were_left() {
+        let history = b"# made by hand\n1\t0/5000148\tno recovery target specified\n\n2\t1/9\tafter LSN 1/9\n";
+        assert_eq!(switches_in(history), [(1, Lsn(0x500_0148)), (2, Lsn(0x1_0000_0009))]);
+        assert_eq!(switches_in(b"\xff\x00 1"), []);
     }
 
     #[test]

@@ -646,6 +646,9 @@ fn again(error: &Error) -> Error {
         Error::Overtaken { log, seq } => Error::Overtaken { log: log.clone(), seq: *seq },
         Error::Corrupt { what, why } => Error::Corrupt { what: what.clone(), why: why.clone() },
         Error::NoSuchLayer(layer) => Error::NoSuchLayer(*layer),
+        Error::NoSuchWal { archive, pg_timeline, to } => {
+            Error::NoSuchWal { archive: archive.clone(), pg_timeline: *pg_timeline, to: *to }
+        }
         Error::Invalid(why) => Error::Invalid(why.clone()),
     }
 }
