@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use ebb_compute::control::Durability;
 use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
 
 /// Where the API is unless told otherwise.
@@ -290,11 +291,12 @@ pub enum BranchCommand {
     #[command(after_help = "\
 Examples:
   ebb branch create shop/pr-42 --from shop/prod
-  ebb branch create shop/look --from shop/prod@before-release")]
+  ebb branch create shop/look --from shop/prod@before-release
+  ebb branch create shop/then --from shop/prod@2026-11-21T06:00:00Z")]
     Create {
         /// PROJECT/BRANCH
         branch: BranchRef,
-        /// Where it starts: PROJECT/BRANCH[@POINT]; the head of prod unless given
+        /// Where it starts: PROJECT/BRANCH[@POINT], a point being a checkpoint, a time or an LSN; the head of prod unless given
         #[arg(long, value_name = "FROM")]
         from: Option<PointRef>,
         #[command(flatten)]
@@ -313,13 +315,22 @@ Examples:
         branch: BranchRef,
     },
     /// Change a branch's settings
-    #[command(after_help = "Example:\n  ebb branch set shop/prod --idle-suspend 30m")]
+    #[command(
+        after_help = "Example:\n  ebb branch set shop/prod --idle-suspend 30m --window 14d",
+        group = clap::ArgGroup::new("setting").required(true).multiple(true).args(["idle_suspend", "window", "durability"])
+    )]
     Set {
         /// PROJECT/BRANCH
         branch: BranchRef,
         /// How long its compute stays up without work: 30s, 5m, 1h
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-        idle_suspend: Duration,
+        idle_suspend: Option<Duration>,
+        /// How long its past can be gone back to: 12h, 14d
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        window: Option<Duration>,
+        /// What a commit waits for: the disk of the node (local), or the bucket
+        #[arg(long, value_name = "WHAT", value_parser = parse_durability)]
+        durability: Option<Durability>,
     },
     /// Delete a branch
     #[command(after_help = "Example:\n  ebb branch delete shop/pr-42")]
@@ -332,7 +343,7 @@ Examples:
     Restore {
         /// PROJECT/BRANCH
         branch: BranchRef,
-        /// A checkpoint's name
+        /// A checkpoint's name, a time (2026-11-21T06:00:00Z) or an LSN
         #[arg(long, value_name = "POINT")]
         to: Point,
         #[command(flatten)]
@@ -443,10 +454,23 @@ pub enum LedgerCommand {
     },
 }
 
-/// Reads `30s`, `5m`, `1h 30m`.
+/// Reads what a commit waits for.
+pub fn parse_durability(text: &str) -> Result<Durability, String> {
+    match text {
+        "local" => Ok(Durability::Local),
+        "bucket" => Ok(Durability::Bucket),
+        _ => Err("want local or bucket".to_owned()),
+    }
+}
+
+/// Reads `30s`, `5m`, `1h 30m`, `14d`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a length of time (want 30s, 5m or 1h)");
-    let span: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
+    let days = text.strip_suffix('d').and_then(|days| days.parse::<u32>().ok());
+    let span: jiff::SignedDuration = match days {
+        Some(days) => jiff::SignedDuration::from_hours(24 * i64::from(days)),
+        None => text.parse().map_err(|_| wrong())?,
+    };
     Duration::try_from(span).map_err(|_| wrong())
 }
 

@@ -32,6 +32,22 @@ pub enum Request {
     },
     /// Stop Postgres at once, unmount and exit without sealing: the branch is going away.
     Discard,
+    /// Change what a commit waits for. When it is answered, every commit that is acknowledged from then on has it.
+    SetDurability {
+        /// What it is from now on.
+        durability: Durability,
+    },
+}
+
+/// What a commit waits for. A transaction may ask for less by `SET synchronous_commit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// The disk of this node; the bucket has it about a second later.
+    #[default]
+    Local,
+    /// The bucket.
+    Bucket,
 }
 
 /// A unit's answer.
@@ -46,11 +62,16 @@ pub enum Reply {
         layer: LayerId,
         /// Whether it is new.
         new: bool,
+        /// A position that all its WAL lies before, where known.
+        #[serde(default)]
+        end: Option<Lsn>,
     },
     /// To `Finish`.
     Finished,
     /// To `Discard`.
     Discarded,
+    /// To `SetDurability`.
+    DurabilitySet,
     /// To anything that failed.
     Failed {
         /// What went wrong, with its causes.
@@ -76,6 +97,34 @@ pub struct Status {
     /// What the unit has fetched of layers that were not whole on this node.
     #[serde(default)]
     pub fetched: Fetched,
+    /// How far the bucket has the WAL; `None` if this branch's is not shipped, or not yet.
+    #[serde(default)]
+    pub shipping: Option<Shipping>,
+}
+
+/// How WAL comes to the bucket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shipping {
+    /// What commits wait for.
+    pub durability: Durability,
+    /// Whether WAL is received from Postgres. At durability `bucket` commits wait while it is not.
+    pub streaming: bool,
+    /// The bucket has all WAL up to here; `None` until that is known.
+    pub shipped: Option<Lsn>,
+    /// Bytes of WAL that it lacks.
+    pub behind_bytes: Option<u64>,
+    /// For how many milliseconds it has lacked the oldest of them, or nothing has been known of the bucket.
+    pub behind_ms: u64,
+    /// Spans put since the unit began.
+    pub spans: u64,
+    /// Bytes of WAL in them.
+    pub raw_bytes: u64,
+    /// Bytes of the objects.
+    pub object_bytes: u64,
+    /// How often the unit had to leave a gap in the archive.
+    pub gaps: u64,
+    /// Why WAL is not shipped just now.
+    pub error: Option<String>,
 }
 
 /// Sends one message as a line.

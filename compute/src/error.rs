@@ -55,6 +55,9 @@ pub enum Error {
     /// The unit did not do what it was asked.
     #[error("the unit refused: {0}")]
     Refused(String),
+    /// The unit had to stop Postgres at once: it may not, or must not, go on writing.
+    #[error("postgres was stopped: {0}")]
+    Stopped(String),
     /// The unit is gone.
     #[error("the unit of the branch is gone")]
     Gone,
@@ -78,6 +81,7 @@ impl Error {
             | Error::Template { .. }
             | Error::Refused(_) => ErrorKind::Internal,
             Error::Start { .. } | Error::Gone | Error::Deadline(_) => ErrorKind::Unavailable,
+            Error::Stopped(_) => ErrorKind::Fenced,
             Error::Storage(storage) => storage.kind(),
         }
     }

@@ -4,7 +4,7 @@
 //!  ebb serve                                  the unit: process 1 of its own pid namespace
 //! ┌─────────┐ spawn; "ready" through a pipe  ┌───────────────────────────────────────────┐
 //! │ manager ├────────────────────────────────► FUSE volume · control socket · log · roles │
-//! │         ├─ control.sock: seal, stop … ───►   └─ postgres, as its own user             │
+//! │         ├─ control.sock: seal, stop … ───►   └─ postgres, as its own user ─► shipper  ├─► WAL archive
 //! └─────────┘                                └───────────────────────────────────────────┘
 //! ```
 //!
@@ -24,6 +24,7 @@ pub mod unit;
 mod clock;
 mod files;
 mod long_path;
+mod shipper;
 mod spawn;
 mod user;
 

@@ -13,14 +13,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ebb_storage::object_store::BucketAt;
-use ebb_types::{BranchId, LayerId};
+use ebb_storage::volume::Sealed;
+use ebb_types::{BranchId, LayerId, Lsn, Timestamp};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::control::{Reply, Request, Status, receive, send};
+use crate::control::{Durability, Reply, Request, Status, receive, send};
 use crate::error::{Error, OsContext, Result};
 use crate::{files, long_path, spawn};
 
@@ -37,11 +38,35 @@ const SEAL_DEADLINE: Duration = Duration::from_secs(300);
 /// LIMIT: the unit gives Postgres a minute to shut down, then seals.
 const STOP_DEADLINE: Duration = Duration::from_secs(65 + 300);
 
+/// LIMIT: Postgres reloads at once, and then writes out at most shared_buffers.
+const DURABILITY_DEADLINE: Duration = Duration::from_secs(90);
+
 /// LIMIT: the kernel kills and unmounts in milliseconds, unless a disk hangs.
 const GONE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The unit's own log is cut when a start finds it longer.
 const UNIT_LOG_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Where a recovery ends.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Recovery {
+    /// The directory with WAL that Postgres fetches segments from, as it sees it.
+    pub wal: PathBuf,
+    /// The Postgres timeline that it follows; `None`: the newest that it can find one after the other.
+    pub pg_timeline: Option<u32>,
+    /// Where it stops; `None`: where WAL ends.
+    pub until: Option<Until>,
+}
+
+/// A moment that a recovery stops at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Until {
+    /// Before the first record that begins at or after this position.
+    Lsn(Lsn),
+    /// Before the first commit after this time.
+    Time(Timestamp),
+}
 
 /// What a unit must know to run. Written to `branches/<id>/unit.json`.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -58,6 +83,9 @@ pub struct UnitSpec {
     pub settings: Vec<(String, String)>,
     /// Whether the image is another branch's: no subscription in it may run until someone enables it.
     pub fork: bool,
+    /// Recovers to a moment in WAL that is put beside it, and goes on from there on a new Postgres timeline.
+    #[serde(default)]
+    pub recovery: Option<Recovery>,
     /// Where layers come from that are not whole on this node; without it they must be.
     #[serde(default)]
     pub bucket: Option<BucketAt>,
@@ -66,6 +94,26 @@ pub struct UnitSpec {
     pub hydrate: bool,
     /// Verifiers that must be set if the role has none yet: (role, SCRAM verifier). Applied after the start.
     pub initial_roles: Vec<(String, String)>,
+    /// Where WAL is shipped to; without it none is.
+    #[serde(default)]
+    pub archive: Option<ArchiveSpec>,
+    /// What commits wait for at first. `Bucket` needs an archive.
+    #[serde(default)]
+    pub durability: Durability,
+}
+
+/// The archive that a unit ships WAL to.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ArchiveSpec {
+    /// The bucket.
+    pub bucket: BucketAt,
+    /// The branch …
+    pub branch: BranchId,
+    /// … and which line of its history.
+    pub line: u64,
+    /// The epoch of the branch's owner: a unit of an earlier one than the archive has seen is refused.
+    #[serde(default)]
+    pub epoch: u64,
 }
 
 /// A running unit.
@@ -149,10 +197,22 @@ impl Unit {
         }
     }
 
-    /// Seals the volume while Postgres goes on; see [`crate::control::Request::Seal`]. Answers (layer, new).
-    pub async fn seal(&self, layer: LayerId) -> Result<(LayerId, bool)> {
+    /// Seals the volume while Postgres goes on; see [`crate::control::Request::Seal`].
+    pub async fn seal(&self, layer: LayerId) -> Result<Sealed> {
         match self.request(&Request::Seal { layer }, SEAL_DEADLINE).await? {
-            Reply::Sealed { layer, new } => Ok((layer, new)),
+            Reply::Sealed { layer, new, end } => Ok(Sealed { layer, new, end }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Changes what commits wait for. When this returns, every commit that is acknowledged from now on has it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the branch's WAL is not shipped; or when Postgres does not tell in time that it goes by the
+    /// new setting, which it may then do later.
+    pub async fn set_durability(&self, durability: Durability) -> Result<()> {
+        match self.request(&Request::SetDurability { durability }, DURABILITY_DEADLINE).await? {
+            Reply::DurabilitySet => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
@@ -173,13 +233,13 @@ impl Unit {
     /// # Errors
     /// [`Error::Gone`] when there is no unit (any more): what it wrote is in its volume. [`Error::Refused`] when the
     /// seal failed: the unit is gone, too, and the volume can be sealed without it.
-    pub async fn stop(&self, layer: LayerId) -> Result<(LayerId, bool)> {
+    pub async fn stop(&self, layer: LayerId) -> Result<Sealed> {
         let reply = self.request(&Request::Stop { layer }, STOP_DEADLINE).await;
         if !matches!(reply, Err(Error::Deadline(_))) {
             self.until_gone().await?;
         }
         match reply? {
-            Reply::Sealed { layer, new } => Ok((layer, new)),
+            Reply::Sealed { layer, new, end } => Ok(Sealed { layer, new, end }),
             other => Err(unexpected(&other)),
         }
     }

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use ebb_types::{LayerId, ProjectId, ProjectName, Timestamp};
+use ebb_types::{BranchId, LayerId, ProjectId, ProjectName, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Entry, Fold};
@@ -43,6 +43,8 @@ pub enum Object {
     Catalog,
     /// An entry of this ledger.
     Receipt,
+    /// A piece of the WAL archive of a branch's line.
+    Wal(BranchId, u64),
     /// Something that this version has no rule for.
     Other,
 }
@@ -60,6 +62,9 @@ impl Object {
             (Some("templates"), Some(major), None, _) => Some(Object::Template(major.to_owned())),
             (Some("catalog"), Some(_), None, _) => Some(Object::Catalog),
             (Some(COLLECT), Some(_), None, _) => Some(Object::Receipt),
+            (Some("wal"), Some(branch), Some(line), Some(_)) => {
+                branch.parse().ok().zip(line.parse().ok()).map(|(branch, line)| Object::Wal(branch, line))
+            }
             _ => None,
         };
         found.unwrap_or(Object::Other)
@@ -79,12 +84,12 @@ impl Object {
     /// Whether objects of this kind are deleted when nothing needs them. Receipts never are: they prove what happened,
     /// also of projects that are gone. Templates are few, and any new project may begin as one.
     pub fn is_collected(&self) -> bool {
-        matches!(self, Object::Layer(_) | Object::Artifact(_) | Object::Secret(_))
+        matches!(self, Object::Layer(_) | Object::Artifact(_) | Object::Secret(_) | Object::Wal(..))
     }
 }
 
 /// Where objects that may be collected are.
-pub const COLLECTED_PREFIXES: [&str; 3] = ["artifacts/", "layers/", "secrets/"];
+pub const COLLECTED_PREFIXES: [&str; 4] = ["artifacts/", "layers/", "secrets/", "wal/"];
 
 fn is_hash(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
@@ -109,6 +114,8 @@ pub enum Rule {
     Orphan,
     /// A secret of a project that is not in the catalog.
     NoProject,
+    /// WAL of a line that no moment can be gone back to on.
+    NoLine,
 }
 
 impl fmt::Display for Rule {
@@ -119,6 +126,7 @@ impl fmt::Display for Rule {
             }
             Rule::Orphan => f.write_str("orphan: no ledger names it"),
             Rule::NoProject => f.write_str("its project is gone"),
+            Rule::NoLine => f.write_str("its branch is gone, or its line is older than what the branch can go back to"),
         }
     }
 }
@@ -251,6 +259,7 @@ mod tests {
     fn keys_say_what_an_object_is() {
         let layer = LayerId::for_test(7);
         let project: ProjectId = "prj_00000000000000000000000000000001".parse().unwrap();
+        let branch = BranchId::for_test(9);
         let hash = "a".repeat(64);
         for (key, object) in [
             (format!("layers/{layer}"), Object::Layer(layer)),
@@ -261,6 +270,8 @@ mod tests {
             ("templates/15".to_owned(), Object::Template("15".to_owned())),
             ("catalog/00000000000000000000".to_owned(), Object::Catalog),
             ("collect/00000000000000000000".to_owned(), Object::Receipt),
+            (format!("wal/{branch}/3/0000000001/00000000000000000007"), Object::Wal(branch, 3)),
+            (format!("wal/{branch}/3"), Object::Other),
             ("layers/other".to_owned(), Object::Other),
             ("layers".to_owned(), Object::Other),
             (format!("layers/{layer}/x"), Object::Other),

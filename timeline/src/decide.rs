@@ -3,12 +3,14 @@
 //! Pure: identifiers and the time come with the command. What a command needs to know of the world outside the ledger
 //! (which layer a seal made, say) comes with it, too.
 
+use ebb_compute::control::Durability;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
 use crate::error::Refusal;
-use crate::event::{Event, Key, Plan, Rescue, Step};
+use crate::event::{Event, Key, Left, Moment, Plan, Replay, Rescue, Step};
 use crate::machine::ReleaseStage;
+use crate::node::Sealed;
 use crate::state::{Branch, Operation, ProjectState, Release};
 
 /// The branch that releases go to; it cannot be deleted.
@@ -22,6 +24,9 @@ const IDLE_SUSPEND_MIN_MS: u64 = 100;
 
 /// LIMIT: a compute that shall stay awake for a year needs no suspension; more is a mistake in the unit.
 const IDLE_SUSPEND_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
+
+/// LIMIT: a window longer than this is an archive, not a way back; more is a mistake in the unit.
+const WINDOW_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
 
 /// LIMIT: names of branches have 30 characters at most (`ebb_types::BranchName`).
 const BRANCH_NAME_MAX: usize = 30;
@@ -42,8 +47,12 @@ pub enum Ask {
     ChangeBranch {
         /// Which branch.
         branch: String,
-        /// Idle time after which its compute is suspended.
-        idle_suspend_ms: u64,
+        /// Idle time after which its compute is suspended; `None`: as it is.
+        idle_suspend_ms: Option<u64>,
+        /// How long its past can be gone back to; `None`: as it is.
+        window_ms: Option<u64>,
+        /// What its commits wait for; `None`: as it is.
+        durability: Option<Durability>,
     },
     /// A branch less.
     DeleteBranch {
@@ -126,6 +135,10 @@ pub struct Fresh {
     pub layer: LayerId,
     /// For a release.
     pub release: ReleaseId,
+    /// For the directory of a replay.
+    pub scratch: BranchId,
+    /// For what a replay makes.
+    pub replayed: LayerId,
 }
 
 /// What a step found or made.
@@ -133,10 +146,20 @@ pub struct Fresh {
 pub struct Found {
     /// The layer that holds the head, if there was a volume to seal.
     pub sealed: Option<LayerId>,
+    /// A position that all WAL of what was sealed, or replayed, lies before, where known.
+    pub end: Option<Lsn>,
     /// End of WAL in it, where known.
     pub lsn: Option<Lsn>,
     /// The next transaction number, where known.
     pub next_xid: Option<u64>,
+}
+
+impl Found {
+    /// Notes a seal.
+    pub fn take(&mut self, sealed: Option<Sealed>) {
+        self.sealed = sealed.map(|sealed| sealed.layer);
+        self.end = sealed.and_then(|sealed| sealed.end);
+    }
 }
 
 /// Something to decide.
@@ -175,6 +198,8 @@ pub enum Command {
         line: u64,
         /// Its new head.
         layer: LayerId,
+        /// A position that all its WAL lies before, where known.
+        end: Option<Lsn>,
     },
 }
 
@@ -194,6 +219,11 @@ pub fn decide(state: &ProjectState, command: &Command) -> Result<Vec<Event>, Ref
             if operation.next_step() != Some(*step) {
                 return Err(Refusal::TooLate(format!("step {step:?} of operation {op} is not next")));
             }
+            if let (Plan::CreateBranch { name, .. }, Step::Record) = (&operation.plan, step)
+                && state.branches.values().any(|other| other.name == *name)
+            {
+                return Err(Refusal::Taken { kind: "branch", name: name.to_string() });
+            }
             Ok(step_events(state, operation, *step, *found))
         }
         Command::Undo { op, why } => {
@@ -208,12 +238,12 @@ pub fn decide(state: &ProjectState, command: &Command) -> Result<Vec<Event>, Ref
             events.push(Event::OperationUndone { why: why.clone() });
             Ok(events)
         }
-        Command::Sealed { branch, line, layer } => {
+        Command::Sealed { branch, line, layer, end } => {
             let known = state.branch_by_id(*branch)?;
             if known.line != *line {
                 return Err(Refusal::TooLate(format!("branch {:?} was moved meanwhile", known.name)));
             }
-            Ok(sealed(known, *branch, Some(*layer)).into_iter().collect())
+            Ok(sealed(known, *branch, Some(*layer), *end).into_iter().collect())
         }
     }
 }
@@ -234,17 +264,20 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             if state.branches.values().any(|other| other.name == *name) {
                 return Err(Refusal::Taken { kind: "branch", name: name.to_string() });
             }
-            let layer = layer_at(branch, point)?;
-            if layer.is_none() {
+            let (layer, replay) = image_at(source, branch, point, fresh)?;
+            if layer.is_none() && replay.is_none() {
                 free(state, source)?;
             }
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
-            Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal })
+            Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms } => {
-            if !(IDLE_SUSPEND_MIN_MS..=IDLE_SUSPEND_MAX_MS).contains(idle_suspend_ms) {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, .. } => {
+            if idle_suspend_ms.is_some_and(|ms| !(IDLE_SUSPEND_MIN_MS..=IDLE_SUSPEND_MAX_MS).contains(&ms)) {
                 let fault = "idle_suspend_seconds must be at least 0.1 and at most a year";
                 return Err(Refusal::Invalid(fault.to_owned()));
+            }
+            if window_ms.is_some_and(|ms| ms > WINDOW_MAX_MS) {
+                return Err(Refusal::Invalid("window_seconds must be at most a year".to_owned()));
             }
             Ok(Plan::ChangeBranch { branch: state.branch(branch)?.0 })
         }
@@ -256,6 +289,9 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::CreateCheckpoint { branch, name } => {
             let (id, branch) = state.branch(branch)?;
+            if name.as_str() == "head" {
+                return Err(Refusal::Invalid("\"head\" always means where a branch is now".to_owned()));
+            }
             if branch.checkpoints.iter().any(|other| other.name == *name) {
                 return Err(Refusal::Taken { kind: "checkpoint", name: name.to_string() });
             }
@@ -276,13 +312,13 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::Restore { branch, to } => {
             let (id, branch) = state.branch(branch)?;
-            let Point::Checkpoint(to) = to else {
-                layer_at(branch, to)?;
+            let (layer, replay) = image_at(id, branch, to, fresh)?;
+            let Some(layer) = layer.or(replay.as_ref().map(|replay| replay.layer)) else {
                 return Err(Refusal::Invalid("restoring a branch to its own head changes nothing".to_owned()));
             };
-            let layer = branch.checkpoint(to.as_str())?.layer;
             free(state, id)?;
-            Ok(Plan::Restore { branch: id, to: to.clone(), layer, seal, rescue: rescue(state, id, branch, fresh) })
+            let rescue = rescue(state, id, branch, fresh);
+            Ok(Plan::Restore { branch: id, to: to.clone(), layer, seal, rescue, replay })
         }
         Ask::Release { artifact, .. } => {
             let (branch, prod) = state.branch(PROD)?;
@@ -292,7 +328,7 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             Ok(Plan::Release { release: fresh.release, name, branch, artifact: artifact.clone(), checkpoint, seal })
         }
         Ask::Rollback { to, lsn, next_xid, layers } => {
-            let now = Found { sealed: None, lsn: *lsn, next_xid: *next_xid };
+            let now = Found { lsn: *lsn, next_xid: *next_xid, ..Found::default() };
             plan_rollback(state, to, now, *layers, fresh)
         }
         Ask::Suspend { branch } => {
@@ -307,13 +343,10 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::Export { branch, point, dir } => {
             let (id, branch) = state.branch(branch)?;
-            let layer = layer_at(branch, point)?;
-            let point = match point {
-                Point::Checkpoint(name) => Some(name.clone()),
-                _ => None,
-            };
+            let (layer, replay) = image_at(id, branch, point, fresh)?;
+            let point = Some(point).filter(|point| **point != Point::Head).cloned();
             free(state, id)?;
-            Ok(Plan::Export { branch: id, point, layer, seal, dir: dir.clone() })
+            Ok(Plan::Export { branch: id, point, layer, replay, seal, dir: dir.clone() })
         }
         Ask::ShowUrl { branch } => Ok(Plan::ShowUrl { branch: state.branch(branch)?.0 }),
     }
@@ -384,16 +417,44 @@ fn plan_rollback(state: &ProjectState, to: &str, now: Found, layers: u64, fresh:
     })
 }
 
-/// The layer of a point; `None` for the head, which may have to be sealed first.
-fn layer_at(branch: &Branch, point: &Point) -> Result<Option<LayerId>, Refusal> {
-    match point {
-        Point::Head => Ok(None),
-        Point::Checkpoint(name) => branch.checkpoint(name.as_str()).map(|checkpoint| Some(checkpoint.layer)),
-        Point::Lsn(_) | Point::Time(_) => Err(Refusal::NoSuchKindOfPoint {
-            point: point.to_string(),
-            checkpoints: branch.checkpoints.iter().rev().map(|checkpoint| checkpoint.name.clone()).collect(),
-        }),
-    }
+/// The layer of a point, or how one comes about; neither for the head, which may have to be sealed first.
+fn image_at(
+    id: BranchId,
+    branch: &Branch,
+    point: &Point,
+    fresh: &Fresh,
+) -> Result<(Option<LayerId>, Option<Replay>), Refusal> {
+    let to = match point {
+        Point::Head => return Ok((None, None)),
+        Point::Checkpoint(name) => return Ok((Some(branch.checkpoint(name.as_str())?.layer), None)),
+        Point::Lsn(lsn) => Moment::Lsn(*lsn),
+        Point::Time(time) => Moment::Time(*time),
+    };
+    let from = branch.window_start(fresh.now);
+    let outside = |why: &str| {
+        let (branch, point) = (branch.name.clone(), point.to_string());
+        Refusal::OutsideWindow { branch, point, why: why.to_owned(), from, to: fresh.now }
+    };
+    let seal = match to {
+        Moment::Time(time) if time > fresh.now => return Err(outside("it has not come yet")),
+        Moment::Time(time) if time < from => return Err(outside("it is too long ago")),
+        Moment::Time(time) => branch.history.at_time(time).ok_or_else(|| outside("it is too long ago"))?,
+        Moment::Lsn(lsn) => {
+            let none = || outside("no image from before that position is kept");
+            branch.history.at_lsn(lsn, branch.line).ok_or_else(none)?
+        }
+    };
+    let replay = Replay {
+        branch: id,
+        line: seal.line,
+        base: seal.layer,
+        base_end: seal.end,
+        through: branch.history.after(seal).and_then(|next| next.end),
+        to,
+        scratch: fresh.scratch,
+        layer: fresh.replayed,
+    };
+    Ok((None, Some(replay)))
 }
 
 /// No operation holds the branch.
@@ -449,15 +510,19 @@ fn free_checkpoint_name(branch: &Branch, wanted: &str) -> CheckpointName {
 fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Result<Vec<Event>, Refusal> {
     let mut events = vec![Event::OperationBegun { plan: Box::new(plan.clone()), key }];
     match (&plan, ask) {
-        (Plan::CreateBranch { branch, name, parent, layer: Some(layer), .. }, _) => events.push(Event::BranchCreated {
-            branch: *branch,
-            name: name.clone(),
-            head: *layer,
-            parent: Some(parent.clone()),
-            rescue_until: None,
-        }),
-        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, .. }) => {
-            events.push(Event::BranchChanged { branch: *branch, idle_suspend_ms: *idle_suspend_ms });
+        (Plan::CreateBranch { branch, name, parent, source, layer: Some(layer), .. }, _) => {
+            events.push(Event::BranchCreated {
+                branch: *branch,
+                name: name.clone(),
+                head: *layer,
+                end: end_of(state, *source, *layer),
+                parent: Some(parent.clone()),
+                rescue_until: None,
+            })
+        }
+        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, .. }) => {
+            let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
+            events.push(Event::BranchChanged { branch: *branch, idle_suspend_ms, window_ms, durability });
         }
         (Plan::DeleteCheckpoint { branch, name }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });
@@ -488,13 +553,17 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
     if let Some((id, branch)) = held
         && matches!(step, Step::Record | Step::Checkpoint | Step::Switch | Step::Write)
     {
-        events.extend(sealed(branch, id, found.sealed));
+        events.extend(sealed(branch, id, found.sealed, found.end));
     }
     let head = found.sealed.or_else(|| held.map(|(_, branch)| branch.head));
+    let replayed = plan.replay().map(|replay| replay.layer);
     match (plan, step, head) {
-        (Plan::CreateBranch { branch, name, parent, .. }, Step::Record, Some(head)) => {
+        (Plan::CreateBranch { branch, name, parent, source, .. }, Step::Record, _) => {
             let (branch, name, parent) = (*branch, name.clone(), Some(parent.clone()));
-            events.push(Event::BranchCreated { branch, name, head, parent, rescue_until: None });
+            if let Some(head) = replayed.or(head) {
+                let end = operation.replayed_end.or(found.end).or_else(|| end_of(state, *source, head));
+                events.push(Event::BranchCreated { branch, name, head, end, parent, rescue_until: None });
+            }
         }
         (Plan::CreateCheckpoint { branch, name, .. }, Step::Record, Some(layer)) => {
             events.push(checkpoint_created(*branch, name, layer, found));
@@ -508,16 +577,18 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
             events.clear();
             events.push(Event::BranchDeleted { branch: *branch });
         }
-        (Plan::Restore { branch, to, layer, rescue, .. }, Step::Switch, Some(head)) => {
-            events.extend(moved(held, *branch, to, *layer, head, rescue));
+        (Plan::Restore { branch, to, layer, rescue, replay, .. }, Step::Switch, Some(head)) => {
+            let replay = replay.as_ref().map(|replay| (replay, operation.replayed_end));
+            events.extend(moved(held, *branch, to, *layer, replay, (head, found.end), rescue));
         }
         (Plan::Rollback { branch, to, releases, checkpoint, layer, rescue, .. }, Step::Switch, Some(head)) => {
-            events.extend(moved(held, *branch, checkpoint, *layer, head, rescue));
+            let point = Point::Checkpoint(checkpoint.clone());
+            events.extend(moved(held, *branch, &point, *layer, None, (head, found.end), rescue));
             events.push(Event::ReleasesRolledBack { to: *to, releases: releases.clone() });
         }
         _ => {}
     }
-    events.push(Event::StepDone { step });
+    events.push(Event::StepDone { step, end: found.end.filter(|_| step == Step::Replay) });
     if operation.done.len() + 1 == plan.steps().len() {
         events.push(Event::OperationDone);
     }
@@ -529,30 +600,42 @@ fn checkpoint_created(branch: BranchId, name: &CheckpointName, layer: LayerId, f
 }
 
 /// A new head, if the layer is one.
-fn sealed(branch: &Branch, id: BranchId, layer: Option<LayerId>) -> Option<Event> {
-    layer.filter(|layer| *layer != branch.head).map(|layer| Event::BranchSealed { branch: id, layer })
+fn sealed(branch: &Branch, id: BranchId, layer: Option<LayerId>, end: Option<Lsn>) -> Option<Event> {
+    layer.filter(|layer| *layer != branch.head).map(|layer| Event::BranchSealed { branch: id, layer, end })
+}
+
+/// Where the WAL of a layer ends, if it is one of the branch's.
+fn end_of(state: &ProjectState, branch: BranchId, layer: LayerId) -> Option<Lsn> {
+    state.branches.get(&branch)?.history.seal_of(layer)?.end
 }
 
 /// The old head becomes the rescue branch, the branch goes on from the layer.
 fn moved(
     held: Option<(BranchId, &Branch)>,
     branch: BranchId,
-    to: &CheckpointName,
+    to: &Point,
     layer: LayerId,
-    old_head: LayerId,
+    replay: Option<(&Replay, Option<Lsn>)>,
+    (old_head, old_end): (LayerId, Option<Lsn>),
     rescue: &Rescue,
 ) -> [Event; 2] {
     let (_, known) = held.expect("an operation's branch cannot go while it is held");
     let parent = Parent { branch: known.name.clone(), point: "head".to_owned() };
+    let (left, end) = match (replay, known.history.seal_of(layer)) {
+        (Some((replay, end)), _) => (Some(Left { line: replay.line, at: replay.to.lsn() }), end),
+        (None, Some(seal)) => (Some(Left { line: seal.line, at: seal.end }), seal.end),
+        (None, None) => (None, None),
+    };
     [
         Event::BranchCreated {
             branch: rescue.branch,
             name: rescue.name.clone(),
             head: old_head,
+            end: old_end.or_else(|| known.history.seal_of(old_head)?.end),
             parent: Some(parent),
             rescue_until: Some(rescue.until),
         },
-        Event::BranchMoved { branch, head: layer, to: to.clone() },
+        Event::BranchMoved { branch, head: layer, to: to.clone(), end, left },
     ]
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ebb_types::{BranchId, BranchName, CheckpointName, ErrorKind, Hint, OperationId, ProjectName, SqlState};
+use ebb_types::{BranchId, BranchName, CheckpointName, ErrorKind, Hint, OperationId, ProjectName, SqlState, Timestamp};
 
 /// The result of an act of the service.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -82,13 +82,19 @@ pub enum Refusal {
         /// By which operation.
         operation: OperationId,
     },
-    /// A point that this version cannot go to.
-    #[error("{point} is not a checkpoint: going to an LSN or a time is not offered yet")]
-    NoSuchKindOfPoint {
-        /// The point as asked for.
+    /// A moment that the branch cannot be taken to.
+    #[error("{point} is outside of what branch {branch:?} can be taken back to: {why}")]
+    OutsideWindow {
+        /// The branch.
+        branch: BranchName,
+        /// The moment as asked for.
         point: String,
-        /// Checkpoints that exist on the branch, newest first.
-        checkpoints: Vec<CheckpointName>,
+        /// Why it is outside.
+        why: String,
+        /// The first moment of the window.
+        from: Timestamp,
+        /// Its last moment.
+        to: Timestamp,
     },
     /// The branch must stay.
     #[error("branch {branch:?} cannot be deleted: {why}")]
@@ -146,7 +152,7 @@ impl Refusal {
             | Refusal::CheckpointKept { .. }
             | Refusal::NoWayBack { .. }
             | Refusal::TooLate(_) => ErrorKind::Conflict,
-            Refusal::NoSuchKindOfPoint { .. } | Refusal::Unconfirmed(_) | Refusal::Invalid(_) => ErrorKind::Invalid,
+            Refusal::OutsideWindow { .. } | Refusal::Unconfirmed(_) | Refusal::Invalid(_) => ErrorKind::Invalid,
         }
     }
 }
@@ -161,12 +167,8 @@ impl Hint for Refusal {
             Refusal::Busy { .. } | Refusal::StillRunning { .. } => {
                 Some("Wait until the operation has ended, then try again.".to_owned())
             }
-            Refusal::NoSuchKindOfPoint { checkpoints, .. } if checkpoints.is_empty() => {
-                Some("The branch has no checkpoint yet; make one with `ebb checkpoint create`.".to_owned())
-            }
-            Refusal::NoSuchKindOfPoint { checkpoints, .. } => {
-                let names: Vec<_> = checkpoints.iter().map(|name| name.as_str()).collect();
-                Some(format!("Checkpoints of this branch: {}.", names.join(", ")))
+            Refusal::OutsideWindow { from, to, .. } => {
+                Some(format!("It can be taken to any moment from {from} to {to}, and to its checkpoints."))
             }
             Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
             Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),

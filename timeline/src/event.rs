@@ -4,7 +4,10 @@
 
 use std::path::PathBuf;
 
-use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, ProjectId, ProjectName, ReleaseId, Timestamp};
+use ebb_compute::control::Durability;
+use ebb_types::{
+    BranchId, BranchName, CheckpointName, LayerId, Lsn, Point, ProjectId, ProjectName, ReleaseId, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
@@ -36,6 +39,9 @@ pub enum Event {
         name: BranchName,
         /// What it starts from.
         head: LayerId,
+        /// A position that all WAL of the head lies before, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        end: Option<Lsn>,
         /// Where that is from.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         parent: Option<Parent>,
@@ -47,8 +53,15 @@ pub enum Event {
     BranchChanged {
         /// Which.
         branch: BranchId,
-        /// Idle time after which its compute is suspended.
-        idle_suspend_ms: u64,
+        /// Idle time after which its compute is suspended, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        idle_suspend_ms: Option<u64>,
+        /// How long its past can be gone back to, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        window_ms: Option<u64>,
+        /// What its commits wait for, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        durability: Option<Durability>,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {
@@ -56,6 +69,9 @@ pub enum Event {
         branch: BranchId,
         /// Its new head.
         layer: LayerId,
+        /// A position that all its WAL lies before, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        end: Option<Lsn>,
     },
     /// The branch's history goes on from another layer. Volumes made before this are stale.
     BranchMoved {
@@ -64,7 +80,13 @@ pub enum Event {
         /// Its new head.
         head: LayerId,
         /// The point that head is.
-        to: CheckpointName,
+        to: Point,
+        /// A position that all WAL of the head lies before, where known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        end: Option<Lsn>,
+        /// Where its new line leaves another, if that is still known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        left: Option<Left>,
     },
     /// The branch is gone, and its checkpoints with it.
     BranchDeleted {
@@ -137,6 +159,9 @@ pub enum Event {
     StepDone {
         /// Which.
         step: Step,
+        /// For a replay: a position that all WAL of what it made lies before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        end: Option<Lsn>,
     },
     /// The operation is over.
     OperationDone,
@@ -167,6 +192,59 @@ pub struct Rescue {
     pub until: Timestamp,
 }
 
+/// How the image of a moment between seals comes about: the newest seal before it, and what was committed until then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replay {
+    /// The branch whose WAL archive is replayed.
+    pub branch: BranchId,
+    /// Its line.
+    pub line: u64,
+    /// The seal to begin with.
+    pub base: LayerId,
+    /// A position that all WAL of that seal lies before, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_end: Option<Lsn>,
+    /// As far as the line is known to have got: the end of its next seal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through: Option<Lsn>,
+    /// Where to stop.
+    pub to: Moment,
+    /// Names the directory in which it happens.
+    pub scratch: BranchId,
+    /// The layer that it makes.
+    pub layer: LayerId,
+}
+
+/// Where a line of history leaves another line of the same branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The older line.
+    pub line: u64,
+    /// The last position that they share, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Lsn>,
+}
+
+/// A moment in a branch's history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moment {
+    /// Everything whose WAL ends at or before this position.
+    Lsn(Lsn),
+    /// Everything committed at or before this time.
+    Time(Timestamp),
+}
+
+impl Moment {
+    /// The position, if it is one.
+    pub fn lsn(self) -> Option<Lsn> {
+        match self {
+            Moment::Lsn(lsn) => Some(lsn),
+            Moment::Time(_) => None,
+        }
+    }
+}
+
 /// An operation with everything it needs chosen beforehand, so that it can be carried on after a crash.
 ///
 /// Wherever a seal is part of it, the identifier of the layer is in the plan: sealing twice makes one layer.
@@ -193,10 +271,13 @@ pub enum Plan {
         source: BranchId,
         /// Where that is from.
         parent: Parent,
-        /// The checkpoint's layer; `None`: the source's head, sealed first.
+        /// The checkpoint's layer; `None`: the source's head, sealed first, or what is replayed.
         layer: Option<LayerId>,
         /// What a seal of the source makes.
         seal: LayerId,
+        /// For a moment between seals.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replay: Option<Replay>,
     },
     /// Change a branch's policy.
     ChangeBranch {
@@ -224,18 +305,21 @@ pub enum Plan {
         /// The name.
         name: CheckpointName,
     },
-    /// Set a branch to one of its checkpoints.
+    /// Set a branch to a point of its history.
     Restore {
         /// Which.
         branch: BranchId,
-        /// The checkpoint.
-        to: CheckpointName,
+        /// The point.
+        to: Point,
         /// Its layer.
         layer: LayerId,
         /// What sealing the old head makes.
         seal: LayerId,
         /// Where the old head goes.
         rescue: Rescue,
+        /// For a moment between seals: how the layer comes about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replay: Option<Replay>,
     },
     /// Deploy an artifact on `prod`.
     Release {
@@ -291,10 +375,13 @@ pub enum Plan {
     Export {
         /// Which branch.
         branch: BranchId,
-        /// The checkpoint; `None`: the head.
-        point: Option<CheckpointName>,
+        /// The point; `None`: the head.
+        point: Option<Point>,
         /// Its layer; `None`: the head, sealed first.
         layer: Option<LayerId>,
+        /// For a moment between seals: how the layer comes about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replay: Option<Replay>,
         /// What the seal makes.
         seal: LayerId,
         /// Where to.
@@ -311,6 +398,8 @@ pub enum Plan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
+    /// Make the image of a moment between seals.
+    Replay,
     /// Seal, and record what the operation is for.
     Record,
     /// Take the checkpoint.
@@ -334,19 +423,22 @@ impl Plan {
     ///
     /// | act | steps | gives up by |
     /// |---|---|---|
-    /// | create branch | `Record`\*: seal the source if need be; branch | nothing to do |
+    /// | create branch | `Replay`, for a moment between seals. `Record`\*: seal the source if need be; branch | nothing to do |
     /// | create checkpoint | `Record`\*: seal; name | nothing to do |
     /// | suspend | `Record`\*: fence, stop, seal | release the fence |
     /// | delete branch | `Switch`\*: fence, discard the compute; branch gone. `Sweep`: its directory | release the fence |
-    /// | restore | `Switch`\*: fence, stop, seal; old head to the rescue branch, head moved. `Sweep`: the old volume | release the fence |
+    /// | restore | `Replay`, for a moment between seals. `Switch`\*: fence, stop, seal; old head to the rescue branch, head moved. `Sweep`: the old volume | release the fence |
     /// | release | `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink | the release has failed; checkpoint and earlier migrations stay |
     /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
-    /// | export | `Write` | the directory is removed |
+    /// | export | `Replay`, for a moment between seals. `Write` | the directory is removed |
     /// | wake | `Start` | nothing to do |
     ///
     /// \* the point of no return: after it there is only forward.
     pub fn steps(&self) -> &'static [Step] {
         match self {
+            Plan::CreateBranch { replay: Some(_), .. } => &[Step::Replay, Step::Record],
+            Plan::Restore { replay: Some(_), .. } => &[Step::Replay, Step::Switch, Step::Sweep],
+            Plan::Export { replay: Some(_), .. } => &[Step::Replay, Step::Write],
             Plan::CreateBranch { layer: Some(_), .. } => &[],
             Plan::CreateBranch { layer: None, .. } | Plan::CreateCheckpoint { .. } | Plan::Suspend { .. } => {
                 &[Step::Record]
@@ -367,6 +459,8 @@ impl Plan {
     /// The branch that no other operation may touch while this one is under way.
     pub fn holds(&self) -> Option<BranchId> {
         match self {
+            // Replaying takes a while, and touches nothing of the source.
+            Plan::CreateBranch { replay: Some(_), .. } => None,
             Plan::CreateBranch { source: branch, .. }
             | Plan::DeleteBranch { branch }
             | Plan::CreateCheckpoint { branch, .. }
@@ -401,6 +495,16 @@ impl Plan {
             | Plan::DeleteCheckpoint { .. }
             | Plan::Wake { .. }
             | Plan::ShowUrl { .. } => None,
+        }
+    }
+
+    /// How the image that it needs comes about, if that is none of a seal's.
+    pub fn replay(&self) -> Option<&Replay> {
+        match self {
+            Plan::CreateBranch { replay, .. } | Plan::Restore { replay, .. } | Plan::Export { replay, .. } => {
+                replay.as_ref()
+            }
+            _ => None,
         }
     }
 

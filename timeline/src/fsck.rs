@@ -386,6 +386,7 @@ impl BucketCheck<'_> {
                 Object::Artifact(hash) => artifacts.contains_key(hash),
                 Object::Ledger(project) => made.contains(project),
                 Object::Secret(project) => catalog.projects.contains_key(project),
+                Object::Wal(branch, _) => known.branches.contains_key(branch),
                 Object::Template(major) => major.parse::<u32>().is_ok(),
                 Object::Catalog | Object::Receipt | Object::Boot(_) => true,
                 Object::Other => false,
@@ -403,6 +404,7 @@ impl BucketCheck<'_> {
         for (meta, object) in unkept {
             let orphan = match &object {
                 Object::Secret(project) => !made.contains(project),
+                Object::Wal(branch, _) => !known.deleted_branches.contains(branch),
                 other => !rules.contains_key(other),
             };
             let marked = marks.marks.get(&meta.key);

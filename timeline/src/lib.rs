@@ -10,6 +10,7 @@ pub mod error;
 pub mod event;
 mod files;
 pub mod fsck;
+pub mod history;
 pub mod ledger;
 pub mod machine;
 mod migrate;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ebb_compute::postgres::{DATABASE, OWNER};
+use ebb_types::Lsn;
 use tokio_postgres::error::ErrorPosition;
 use tokio_postgres::{Client, NoTls};
 
@@ -33,7 +34,15 @@ pub async fn positions(socket: &Path) -> Result<Found> {
         .map_err(lost)?;
     let lsn = row.try_get::<_, String>(0).ok().and_then(|text| text.parse().ok());
     let next_xid = row.try_get::<_, String>(1).ok().and_then(|text| text.parse().ok());
-    Ok(Found { sealed: None, lsn, next_xid })
+    Ok(Found { lsn, next_xid, ..Found::default() })
+}
+
+/// Up to where Postgres' WAL is on disk.
+pub async fn flushed(socket: &Path) -> Result<Lsn> {
+    let session = Session::open(socket).await?;
+    let row = session.client.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.map_err(lost)?;
+    let text: String = row.try_get(0).map_err(lost)?;
+    text.parse().map_err(|_| crate::Error::Lost("the position of a server"))
 }
 
 /// Applies the migrations that have not been applied yet, in order; answers the names of those.

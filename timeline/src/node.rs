@@ -12,9 +12,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use ebb_compute::control::Status;
-use ebb_compute::manager::{Unit, UnitSpec};
+use ebb_compute::control::{Durability, Status};
+use ebb_compute::manager::{ArchiveSpec, Unit, UnitSpec};
 use ebb_compute::postgres::{self, Installation, OWNER};
+use ebb_storage::archive::Archive;
 use ebb_storage::layer::Manifest;
 use ebb_storage::node::NodeStore;
 use ebb_storage::object_store::{Bucket, BucketAt, Put};
@@ -27,9 +28,11 @@ use tokio::sync::OwnedMutexGuard;
 use crate::artifact::Migration;
 use crate::decide::Found;
 use crate::error::LocalContext as _;
+use crate::event::Replay;
 use crate::{Error, Refusal, Result, files, migrate};
 
 mod pending;
+mod replay;
 
 /// SCRAM verifiers by role; `None` for a role without a password.
 pub type Roles = BTreeMap<String, Option<String>>;
@@ -52,10 +55,25 @@ pub struct Start {
     pub data: Line,
     /// Major version of its Postgres.
     pub pg_major: u32,
+    /// A position that all WAL of its head lies before, where known.
+    pub head_end: Option<Lsn>,
+    /// The line's seals before the head, newest first, each with such a position where it is known.
+    pub earlier: Vec<(LayerId, Option<Lsn>)>,
     /// Whether its head is another branch's image: this branch has sealed nothing yet.
     pub fork: bool,
+    /// What its commits wait for.
+    pub durability: Durability,
     /// The owner's first verifier, for a cluster in which that role has none.
     pub verifier: String,
+}
+
+/// What a seal made, or found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sealed {
+    /// The layer.
+    pub layer: LayerId,
+    /// A position that all its WAL lies before, where known.
+    pub end: Option<Lsn>,
 }
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
@@ -75,10 +93,22 @@ pub trait Node: Debug + Send + Sync + 'static {
 
     /// Makes a layer of what the branch's volume holds, whether or not its compute runs: the layer that now holds it
     /// all, or `None` if this node has no volume of that line (the recorded head is all there is).
-    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>>;
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>>;
 
     /// Stops the compute, if one runs, and seals.
-    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>>;
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>>;
+
+    /// Waits until the archive has all WAL that the running compute has written so far.
+    async fn ship(&self, branch: BranchId) -> Result<()>;
+
+    /// Changes what commits of the running compute wait for. When this returns, those acknowledged from then on have it.
+    async fn set_durability(&self, branch: BranchId, durability: Durability) -> Result<()>;
+
+    /// Deletes what the archive of a line has from before everything that is replayed from this position on.
+    async fn forget_wal(&self, branch: BranchId, line: u64, needed: Lsn) -> Result<()>;
+
+    /// Makes the layer of a moment between seals, complete on this node: a position that all its WAL lies before.
+    async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>>;
 
     /// Ends the compute, if one runs, without sealing.
     async fn discard(&self, branch: BranchId) -> Result<()>;
@@ -165,6 +195,15 @@ impl Default for LayerPolicy {
 
 /// LIMIT: looking through all layers reads every directory of theirs.
 const TRIM_EVERY: Duration = Duration::from_secs(60);
+
+/// Beside a volume that still lacks WAL which it is to replay.
+const UNFINISHED: &str = "unfinished";
+
+/// LIMIT: the shipper is a second behind, and a bucket that hiccups is tried again.
+const SHIP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether WAL has arrived.
+const SHIP_LOOK_AGAIN: Duration = Duration::from_millis(25);
 
 /// The machine this process runs on.
 #[derive(Debug)]
@@ -327,18 +366,39 @@ impl LocalNode {
     }
 
     /// Makes the volume, unless there is one of this line. What is there of another line is stale, and removed.
-    async fn ensure_volume(&self, data: &Line, fork: bool) -> Result<()> {
-        if self.has_volume(data)? {
+    ///
+    /// A line whose archive goes on behind its head was awake on a node that is gone: its last commits are replayed.
+    async fn ensure_volume(&self, start: &Start) -> Result<()> {
+        let (data, fork) = (&start.data, start.fork);
+        let unfinished = self.branch_dir(data.branch).join(UNFINISHED);
+        if self.has_volume(data)? && !unfinished.exists() {
             return self.find_base(data.branch).await;
         }
-        self.make_openable(data.head).await?;
+        let (openable, archived) = tokio::join!(self.make_openable(data.head), self.archived(data));
+        let (head, tail) = match openable {
+            Err(Error::Storage(ebb_storage::Error::NoSuchLayer(lost))) => {
+                self.without_head(start, lost, archived?).await?
+            }
+            openable => {
+                openable?;
+                (data.head, self.tail(start, archived?).await?)
+            }
+        };
         let dir = self.branch_dir(data.branch);
         fs::create_dir_all(&dir).on("create", &dir)?;
         self.clear(data.branch).await?;
         files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
-        let (dirs, head) = (self.dirs(data.branch), data.head);
+        let dirs = self.dirs(data.branch);
         let make = if fork { Volume::create_fork } else { Volume::create };
-        blocking("making a volume", move || Ok(make(&dirs, head)?)).await
+        let Some(tail) = tail else {
+            files::remove_file(&unfinished)?;
+            return blocking("making a volume", move || Ok(make(&dirs, head)?)).await;
+        };
+        // CRASH: a volume with this beside it is made anew.
+        files::replace(&unfinished, b"")?;
+        blocking("making a volume", move || Ok(make(&dirs, head)?)).await?;
+        self.prepare_replay(data.branch, &tail).await?;
+        files::remove_file(&unfinished)
     }
 
     /// Brings what is needed to start from a layer, its roles among it; pages come when they are read.
@@ -387,6 +447,29 @@ impl LocalNode {
         Ok(())
     }
 
+    /// Where a line's WAL is shipped to.
+    fn archive(&self, data: &Line) -> Option<ArchiveSpec> {
+        let bucket = self.policy.bucket.clone()?;
+        Some(ArchiveSpec { bucket, branch: data.branch, line: data.line, epoch: 0 })
+    }
+
+    fn spec(&self, start: &Start, installation: Installation) -> UnitSpec {
+        UnitSpec {
+            branch: start.data.branch,
+            branch_dir: self.branch_dir(start.data.branch),
+            layers_dir: self.store.layers_dir().to_owned(),
+            pg_bin: installation.bin,
+            settings: Vec::new(),
+            fork: start.fork,
+            recovery: None,
+            bucket: self.policy.bucket.clone(),
+            hydrate: self.policy.hydrate,
+            archive: self.archive(&start.data),
+            durability: start.durability,
+            initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
+        }
+    }
+
     async fn manifest(&self, layer: LayerId) -> Result<Option<Manifest>> {
         match self.store.manifest(layer).await {
             Ok(manifest) => Ok(Some(manifest)),
@@ -432,62 +515,95 @@ impl Node for LocalNode {
     async fn start(&self, start: &Start) -> Result<PathBuf> {
         let branch = start.data.branch;
         let installation = self.installation(start.pg_major)?;
-        self.ensure_volume(&start.data, start.fork).await?;
-        let spec = UnitSpec {
-            branch,
-            branch_dir: self.branch_dir(branch),
-            layers_dir: self.store.layers_dir().to_owned(),
-            pg_bin: installation.bin,
-            settings: Vec::new(),
-            fork: start.fork,
-            bucket: self.policy.bucket.clone(),
-            hydrate: self.policy.hydrate,
-            initial_roles: vec![(OWNER.to_owned(), start.verifier.clone())],
-        };
+        self.ensure_volume(start).await?;
+        let mut spec = self.spec(start, installation);
+        let replay = self.replay_dir(branch);
+        if replay.exists() {
+            spec.recovery = Some(replay::recovery(&replay, None)?);
+        }
         // Someone may be finishing what the last unit had begun to seal when it was lost.
         let _turn = self.turn(branch).await;
         let unit = Unit::start(&self.exe, &spec).await?;
+        // Postgres has recovered, and never asks for it again.
+        files::remove_dir(&replay)?;
         let socket = unit.socket();
         self.units.lock().insert(branch, unit);
         Ok(socket)
     }
 
-    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>> {
         if let Some(unit) = self.unit(data.branch) {
             match unit.seal(id).await {
-                Ok((layer, _)) => {
-                    self.note_sealed(layer, data.branch);
-                    return Ok(Some(layer));
+                Ok(sealed) => {
+                    self.note_sealed(sealed.layer, data.branch);
+                    return Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }));
                 }
                 Err(error) => self.unless_gone(data.branch, error).await?,
             }
         }
-        if !self.has_volume(data)? {
+        // What is still to be replayed is in the archive, and no image yet.
+        if !self.has_volume(data)? || self.replay_dir(data.branch).exists() {
             return Ok(None);
         }
         // A compute that was lost leaves a volume with more than its last seal: crash-consistent, so a layer as it is.
         let (dirs, turn) = (self.dirs(data.branch), self.turn(data.branch).await);
-        blocking("sealing a volume", move || {
+        let seal = move || {
             let _turn = turn;
-            Ok(Some(Volume::open(&dirs)?.seal(id)?.layer))
-        })
-        .await
+            let sealed = Volume::open(&dirs)?.seal(id)?;
+            Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }))
+        };
+        blocking("sealing a volume", seal).await
     }
 
-    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>> {
         let Some(unit) = self.unit(data.branch) else {
             return self.seal(data, id).await;
         };
         match unit.stop(id).await {
-            Ok((layer, _)) => {
+            Ok(sealed) => {
                 self.units.lock().remove(&data.branch);
-                Ok(Some(layer))
+                Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }))
             }
             Err(error) => {
                 self.unless_gone(data.branch, error).await?;
                 self.seal(data, id).await
             }
         }
+    }
+
+    async fn ship(&self, branch: BranchId) -> Result<()> {
+        // What is shut down has shipped all it had.
+        let Some(unit) = self.unit(branch) else { return Ok(()) };
+        let written = migrate::flushed(&unit.socket()).await?;
+        let deadline = Instant::now() + SHIP_DEADLINE;
+        while Instant::now() < deadline {
+            let Some(shipping) = unit.status().await?.shipping else { return Ok(()) };
+            if shipping.shipped.is_some_and(|shipped| shipped >= written) {
+                return Ok(());
+            }
+            tokio::time::sleep(SHIP_LOOK_AGAIN).await;
+        }
+        Err(Error::Deadline("waiting until the bucket has all WAL"))
+    }
+
+    async fn forget_wal(&self, branch: BranchId, line: u64, needed: Lsn) -> Result<()> {
+        let archive = Archive::new(self.bucket.clone(), branch, line);
+        let stretches = archive.stretches().await?;
+        if let Some(first) = stretches.iter().rev().find(|stretch| stretch.start <= needed) {
+            archive.remove_before(first.number).await?;
+        }
+        Ok(())
+    }
+
+    async fn set_durability(&self, branch: BranchId, durability: Durability) -> Result<()> {
+        match self.unit(branch) {
+            Some(unit) => Ok(unit.set_durability(durability).await?),
+            None => Ok(()),
+        }
+    }
+
+    async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>> {
+        self.replay_here(replay, like).await
     }
 
     async fn discard(&self, branch: BranchId) -> Result<()> {

@@ -46,6 +46,15 @@ pub enum Keeper {
         /// The releases whose way back it is.
         releases: Vec<String>,
     },
+    /// The window in which a branch's past can be gone back to.
+    Window {
+        /// Its project.
+        project: ProjectName,
+        /// Its branch.
+        branch: BranchName,
+        /// When what the layer holds was there.
+        at: Timestamp,
+    },
     /// An operation under way.
     Operation {
         /// Its project.
@@ -90,6 +99,9 @@ impl fmt::Display for Keeper {
                 }
                 Ok(())
             }
+            Keeper::Window { project, branch, at } => {
+                write!(f, "the past of {project}/{branch} that can be gone back to, as it was at {at}")
+            }
             Keeper::Operation { project, operation, act } => write!(f, "{act} under way in {project} ({operation})"),
             Keeper::Unrecorded { project, branch } => {
                 write!(f, "a seal of branch {branch} of {project} that is not recorded yet")
@@ -108,6 +120,10 @@ pub fn roots(state: &ProjectState) -> Vec<Root> {
         let (project, name) = (facts.name.clone(), branch.name.clone());
         let keeper = Keeper::Head { project, branch: name, rescue_until: branch.rescue_until };
         roots.push(Root { layer: branch.head, keeper, owner: Some(id) });
+        for seal in branch.history.seals().iter().filter(|seal| seal.layer != branch.head) {
+            let keeper = Keeper::Window { project: facts.name.clone(), branch: branch.name.clone(), at: seal.at };
+            roots.push(Root { layer: seal.layer, keeper, owner: Some(id) });
+        }
         for checkpoint in &branch.checkpoints {
             let keeper = Keeper::Checkpoint {
                 project: facts.name.clone(),
@@ -120,6 +136,7 @@ pub fn roots(state: &ProjectState) -> Vec<Root> {
     }
     for (&operation, open) in &state.operations {
         let layer = match &open.plan {
+            plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
             Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
             Plan::CreateBranch { layer, .. } | Plan::Export { layer, .. } => *layer,
             _ => None,
@@ -130,15 +147,24 @@ pub fn roots(state: &ProjectState) -> Vec<Root> {
     roots
 }
 
+/// The branches of a project, and the oldest line of each that a moment can be gone back to on.
+pub fn oldest_lines(state: &ProjectState) -> Vec<(BranchId, u64)> {
+    if state.facts().is_err() {
+        return Vec::new();
+    }
+    let oldest = |branch: &Branch| branch.history.seals().first().map_or(branch.line, |seal| seal.line);
+    state.branches.iter().map(|(id, branch)| (*id, oldest(branch))).collect()
+}
+
 /// The layers that operations under way may be making: they exist already, or not yet, or never.
 pub fn to_be(state: &ProjectState) -> Vec<Root> {
     let Ok(facts) = state.facts() else { return Vec::new() };
-    let open = state.operations.iter().filter_map(|(&operation, open)| {
-        let layer = open.plan.seals()?;
+    let open = state.operations.iter().map(|(&operation, open)| {
+        let layers = open.plan.seals().into_iter().chain(open.plan.replay().map(|replay| replay.layer));
         let keeper = Keeper::Operation { project: facts.name.clone(), operation, act: open.plan.act() };
-        Some(Root { layer, keeper, owner: None })
+        layers.map(move |layer| Root { layer, keeper: keeper.clone(), owner: None })
     });
-    open.collect()
+    open.flatten().collect()
 }
 
 /// The artifacts of a project: those of all its releases, whatever became of them; none if it was deleted.

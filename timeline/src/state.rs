@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ebb_compute::control::Durability;
 use ebb_types::{
     BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, ProjectId, ProjectName, ReleaseId, Timestamp,
     nearest,
@@ -12,12 +13,17 @@ use ebb_types::{
 use crate::api::types::Parent;
 use crate::error::Refusal;
 use crate::event::{Event, Key, Plan, Step};
+use crate::history::{History, Seal};
 use crate::ledger::{Entry, Fold};
 use crate::machine::{Phase, PhaseEvent, ReleaseEvent, ReleaseStage};
 
 /// LIMIT: idempotency keys remembered per project. A caller that retries does so within minutes; a thousand acts later
 /// a key may be used anew.
 const KEYS_MAX: usize = 1024;
+
+/// LIMIT: how long a branch's past can be gone back to, unless it has a window of its own: as long as a rescue branch is
+/// kept, for the same reason.
+pub const WINDOW_DEFAULT_MS: u64 = 7 * 24 * 3600 * 1000;
 
 /// A project as its ledger tells it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -81,6 +87,12 @@ pub struct Branch {
     pub rescue_until: Option<Timestamp>,
     /// Its checkpoints, oldest first.
     pub checkpoints: Vec<Checkpoint>,
+    /// How long its past can be gone back to, if it has its own window.
+    pub window_ms: Option<u64>,
+    /// What its commits wait for.
+    pub durability: Durability,
+    /// The seals within the window.
+    pub history: History,
 }
 
 /// A checkpoint.
@@ -128,6 +140,8 @@ pub struct Operation {
     pub phase: Phase,
     /// Its steps that are done.
     pub done: Vec<Step>,
+    /// A position that all WAL of what it replayed lies before, once that is done.
+    pub replayed_end: Option<Lsn>,
     /// Who asked for it.
     pub actor: String,
 }
@@ -154,6 +168,27 @@ impl Branch {
     /// Whether what it wakes on is another branch's image, whose subscriptions and replication slots are not its own.
     pub fn is_fork(&self) -> bool {
         self.parent.is_some() && !self.has_sealed
+    }
+
+    /// How long its past can be gone back to.
+    pub fn window(&self) -> jiff::SignedDuration {
+        let ms = self.window_ms.unwrap_or(WINDOW_DEFAULT_MS);
+        jiff::SignedDuration::from_millis(i64::try_from(ms).unwrap_or(i64::MAX))
+    }
+
+    /// The first moment of the window.
+    pub fn window_start(&self, now: Timestamp) -> Timestamp {
+        let start = now.saturating_sub(self.window()).unwrap_or(Timestamp::MIN);
+        start.max(self.history.earliest().unwrap_or(now))
+    }
+
+    fn remember(&mut self, layer: LayerId, end: Option<Lsn>, at: Timestamp) {
+        self.history.sealed(Seal { layer, at, end, line: self.line });
+        self.forget(at);
+    }
+
+    fn forget(&mut self, now: Timestamp) {
+        self.history.forget_before(now.saturating_sub(self.window()).unwrap_or(Timestamp::MIN));
     }
 
     /// Finds a checkpoint.
@@ -261,11 +296,12 @@ impl ProjectState {
         if self.deleted {
             return BTreeSet::new();
         }
-        let of_branches = self
-            .branches
-            .values()
-            .flat_map(|branch| branch.checkpoints.iter().map(|checkpoint| checkpoint.layer).chain([branch.head]));
+        let of_branches = self.branches.values().flat_map(|branch| {
+            let past = branch.history.seals().iter().map(|seal| seal.layer);
+            branch.checkpoints.iter().map(|checkpoint| checkpoint.layer).chain(past).chain([branch.head])
+        });
         let of_operations = self.operations.values().filter_map(|operation| match &operation.plan {
+            plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
             Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
             Plan::Export { layer, .. } => *layer,
             _ => None,
@@ -306,10 +342,12 @@ impl ProjectState {
                 });
             }
             Event::ProjectDeleted => self.deleted = true,
-            Event::BranchCreated { branch, name, head, parent, rescue_until } => {
+            Event::BranchCreated { branch, name, head, end, parent, rescue_until } => {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
                     return Err(format!("branch {name:?} exists already"));
                 }
+                let mut history = History::default();
+                history.begun(Seal { layer: *head, at: entry.time, end: *end, line: 0 }, None);
                 let made = Branch {
                     name: name.clone(),
                     head: *head,
@@ -320,23 +358,34 @@ impl ProjectState {
                     idle_suspend_ms: None,
                     rescue_until: *rescue_until,
                     checkpoints: Vec::new(),
+                    window_ms: None,
+                    durability: Durability::default(),
+                    history,
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms } => {
-                self.branch_mut(*branch)?.idle_suspend_ms = Some(*idle_suspend_ms);
+            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability } => {
+                let branch = self.branch_mut(*branch)?;
+                branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
+                branch.window_ms = window_ms.or(branch.window_ms);
+                branch.durability = durability.unwrap_or(branch.durability);
+                branch.forget(entry.time);
             }
-            Event::BranchSealed { branch, layer } => {
+            Event::BranchSealed { branch, layer, end } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.head = *layer;
                 branch.has_sealed = true;
+                branch.remember(*layer, *end, entry.time);
             }
-            Event::BranchMoved { branch, head, .. } => {
+            Event::BranchMoved { branch, head, end, left, .. } => {
                 let branch_id = *branch;
                 let branch = self.branch_mut(branch_id)?;
                 branch.head = *head;
                 branch.has_sealed = false;
                 branch.line += 1;
+                let seal = Seal { layer: *head, at: entry.time, end: *end, line: branch.line };
+                branch.history.begun(seal, *left);
+                branch.forget(entry.time);
                 *self.rescues.entry(branch_id).or_default() += 1;
             }
             Event::BranchDeleted { branch } => {
@@ -394,12 +443,13 @@ impl ProjectState {
                 self.code = Some(self.release_mut(*to)?.id);
             }
             Event::OperationBegun { plan, key } => self.begin(entry, plan, key.as_ref())?,
-            Event::StepDone { step } => {
+            Event::StepDone { step, end } => {
                 let (_, operation) = self.operation_of(entry)?;
                 if operation.next_step() != Some(*step) {
                     return Err(format!("step {step:?} is not next"));
                 }
                 operation.done.push(*step);
+                operation.replayed_end = end.or(operation.replayed_end);
                 if matches!(step, Step::Record | Step::Switch) {
                     operation.phase =
                         operation.phase.next(PhaseEvent::Commit).map_err(|illegal| illegal.to_string())?;
@@ -420,8 +470,13 @@ impl ProjectState {
         if self.operations.contains_key(&op) {
             return Err(format!("operation {op} has begun already"));
         }
-        let operation =
-            Operation { plan: plan.clone(), phase: Phase::Begun, done: Vec::new(), actor: entry.actor.clone() };
+        let operation = Operation {
+            plan: plan.clone(),
+            phase: Phase::Begun,
+            done: Vec::new(),
+            replayed_end: None,
+            actor: entry.actor.clone(),
+        };
         self.operations.insert(op, operation);
         if let Some(key) = key {
             if self.keys.len() >= KEYS_MAX {

@@ -35,7 +35,7 @@ pub struct BranchRef {
 /// A moment on a branch.
 ///
 /// As text a checkpoint is its name; an LSN has a slash, a time has the form of RFC 3339; neither can be a
-/// checkpoint's name (`/` and `:` are not allowed there).
+/// checkpoint's name (`/` and `:` are not allowed there). The head is `head`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub enum Point {
     /// Where the branch is now.
@@ -91,6 +91,9 @@ impl FromStr for Point {
     type Err = InvalidName;
 
     fn from_str(text: &str) -> Result<Self, InvalidName> {
+        if text == "head" {
+            return Ok(Point::Head);
+        }
         if let Ok(lsn) = text.parse() {
             return Ok(Point::Lsn(lsn));
         }
@@ -169,7 +172,7 @@ macro_rules! serde_as_text {
     )*};
 }
 
-serde_as_text!(BranchRef, PointRef, EndpointName);
+serde_as_text!(BranchRef, Point, PointRef, EndpointName);
 
 #[cfg(test)]
 mod tests {
@@ -186,6 +189,7 @@ mod tests {
     #[test]
     fn points() {
         check("shop/prod", "Head shop/prod");
+        check("shop/prod@head", "Head shop/prod");
         check("shop/prod@v1", "Checkpoint(\"v1\") shop/prod@v1");
         check("shop/prod@0/16B3748", "Lsn(0/16B3748) shop/prod@0/16B3748");
         check("shop/prod@2026-11-21T06:00:00Z", "Time(2026-11-21T06:00:00Z) shop/prod@2026-11-21T06:00:00Z");

@@ -1,7 +1,9 @@
 //! `ebb branch …`, `ebb checkpoint …`, `ebb url` and `ebb export`.
 
 use std::path::Path;
+use std::time::Duration;
 
+use ebb_compute::control::Durability;
 use ebb_timeline::api::types::{
     Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
     Exported, RestoreBranch, Restored, Stored,
@@ -26,8 +28,10 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             to.show(&answer, |view: BranchList| branch_table(view.branches))
         }
         BranchCommand::Show { branch } => to.show(&to.client.get(&branch_path(&branch))?, branch_facts),
-        BranchCommand::Set { branch, idle_suspend } => {
-            let body = ChangeBranch { idle_suspend_seconds: idle_suspend.as_secs_f64() };
+        BranchCommand::Set { branch, idle_suspend, window, durability } => {
+            let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
+            let (idle_suspend_seconds, window_seconds) = (seconds(idle_suspend), seconds(window));
+            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Delete { branch } => {
@@ -76,9 +80,18 @@ fn branch_facts(branch: Branch) -> String {
         ("head", branch.head.to_string()),
         ("created", seconds(branch.created_at)),
         ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
+        ("commits wait for", durability(branch.durability).to_owned()),
+        ("can go back to", seconds(branch.window_from)),
         ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
         ("stored", branch.stored.as_ref().map(stored).unwrap_or_default()),
     ])
+}
+
+fn durability(durability: Durability) -> &'static str {
+    match durability {
+        Durability::Local => "the node's disk",
+        Durability::Bucket => "the bucket",
+    }
 }
 
 /// What a branch or project stores, in one line.
@@ -165,6 +178,7 @@ mod tests {
             "id": "br_00000000000000000000000000000001", "name": name, "project": "shop",
             "endpoint": format!("{name}--shop"), "head": "ly_00000000000000000000000000000002", "state": "suspended",
             "created_at": "2026-11-21T06:00:00Z", "idle_suspend_seconds": 300.0,
+            "durability": "local", "window_seconds": 604800.0, "window_from": "2026-11-21T06:00:00Z",
         });
         value.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         serde_json::from_value(value).unwrap()

@@ -5,6 +5,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
+use crate::control::Durability;
+use crate::manager::{Recovery, Until};
+use crate::shipper::STANDBY;
+
 /// The port in the socket's name; nothing listens on the network.
 pub(crate) const PORT: u16 = 5432;
 
@@ -22,6 +26,8 @@ pub(crate) struct Surroundings<'a> {
     pub name: &'a str,
     /// Where socket, configuration and hba file are, as Postgres sees it.
     pub run: &'a Path,
+    /// What commits wait for, where WAL is shipped.
+    pub shipped: Option<Durability>,
 }
 
 /// One setting.
@@ -59,7 +65,11 @@ fn settings(at: &Surroundings<'_>) -> Vec<Setting> {
         fixed("full_page_writes", "on", "A page can be torn between FUSE and the disk as on any filesystem."),
         fixed("wal_recycle", "off", "Sealing keeps hard links to old segments: they must not be written again."),
         fixed("wal_init_zero", "off", "A new segment starts as a hole and costs what is written into it."),
-        fixed("archive_mode", "off", "WAL leaves the branch through seals, not through archive_command."),
+        fixed(
+            "archive_mode",
+            "off",
+            "WAL leaves the branch through seals and the shipper, not through archive_command.",
+        ),
         fixed(
             "recovery_init_sync_method",
             "syncfs",
@@ -84,6 +94,15 @@ fn settings(at: &Surroundings<'_>) -> Vec<Setting> {
         usual("max_wal_size", "256MB", "Recovery reads at most about this much, and a sealed image carries it."),
         usual("min_wal_size", "32MB", "The smallest allowed; segments are not recycled anyway."),
         usual("checkpoint_timeout", "5min", "As stock."),
+        usual("wal_level", "replica", "As stock: the shipper and base backups read WAL."),
+        usual("max_wal_senders", "10", "As stock: one for the shipper, the rest for base backups and standbys."),
+        usual("max_replication_slots", "10", "See max_wal_senders."),
+        usual(
+            "max_slot_wal_keep_size",
+            "4GB",
+            "What a slot may hold back while its reader is away (the shipper's: while the bucket is). Then WAL is given \
+             up, and its reader has a gap: other branches need the disk, too.",
+        ),
         usual("log_checkpoints", "off", "A sleeping branch's log should hold news only."),
         usual("jit", "off", "Compiling costs more than most queries of an app; SET jit = on where it pays."),
         usual("autovacuum", "on", "As stock; also guards against wrap-around."),
@@ -105,20 +124,45 @@ pub(crate) fn file(at: &Surroundings<'_>, own: &[(String, String)]) -> String {
         let fixed = if setting.fixed { " Fixed." } else { "" };
         let _ = writeln!(text, "# {}{fixed}\n{} = {}\n", setting.why, setting.name, quoted(&setting.value));
     }
+    if at.shipped.is_some() {
+        text.push_str(
+            "# The shipper connects just after the start, and finds the WAL from before it. As much as min_wal_size.\n\
+             wal_keep_size = '32MB'\n\n",
+        );
+    }
     if !own.is_empty() {
         text.push_str("# This branch's own.\n");
     }
     for (name, value) in own {
         let _ = writeln!(text, "{name} = {}", quoted(value));
     }
+    if let Some(durability) = at.shipped {
+        text.push_str(durability_settings(durability));
+    }
     text
+}
+
+/// What commits wait for. Behind the branch's own settings, and not fixed: it is changed while Postgres runs.
+fn durability_settings(durability: Durability) -> &'static str {
+    const _: () = assert!(matches!(STANDBY.as_bytes(), b"ebb_ship"), "the settings name the standby");
+    match durability {
+        Durability::Local => "\n# Commits wait for the node's disk.\nsynchronous_standby_names = ''\n",
+        Durability::Bucket => {
+            "\n# Commits wait for the shipper, which waits for the bucket. WAL that waits for it is never given up: a commit \
+             in it may wait, too.\nsynchronous_standby_names = 'ebb_ship'\nsynchronous_commit = on\n\
+             max_slot_wal_keep_size = -1\n"
+        }
+    }
 }
 
 /// The arguments of `postgres` that go with the file.
 ///
 /// On a fork no worker of a subscription may start before the subscriptions are disabled, which takes a running server
 /// (see `roles.rs`): so for this once there are none. They run again, if enabled, from the next wake on.
-pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool) -> Vec<String> {
+///
+/// A recovery stops before the record that begins at its position: what a client saw as the position after its commit is
+/// where the next record begins. The server lets nobody in before it has got there (`hot_standby`).
+pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool, recovery: Option<&Recovery>) -> Vec<String> {
     let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
     let mut set = |name: &str, value: &str| arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
     set("config_file", &format!("{}/postgresql.conf", at.run.display()));
@@ -127,6 +171,25 @@ pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool) -> Vec<S
     }
     if fork {
         set("max_logical_replication_workers", "0");
+    }
+    if let Some(Recovery { wal, pg_timeline, until }) = recovery {
+        if let Some(pg_timeline) = pg_timeline {
+            set("recovery_target_timeline", &pg_timeline.to_string());
+        }
+        set("restore_command", &format!("cp '{}/%f' '%p'", wal.display()));
+        set("hot_standby", "off");
+        set("recovery_target_action", "promote");
+        match until {
+            Some(Until::Lsn(lsn)) => {
+                set("recovery_target_lsn", &lsn.to_string());
+                set("recovery_target_inclusive", "off");
+            }
+            // Read before time zones have names.
+            Some(Until::Time(time)) => {
+                set("recovery_target_time", &time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string());
+            }
+            None => {}
+        }
     }
     arguments
 }
@@ -160,12 +223,12 @@ mod tests {
     use super::*;
 
     fn at() -> Surroundings<'static> {
-        Surroundings { name: "br_1", run: Path::new("/mnt/run") }
+        Surroundings { name: "br_1", run: Path::new("/mnt/run"), shipped: None }
     }
 
     #[test]
     fn what_recovery_rests_on_cannot_be_changed_from_inside() {
-        let arguments = arguments(&at(), Path::new("/mnt/data"), false).join(" ");
+        let arguments = arguments(&at(), Path::new("/mnt/data"), false, None).join(" ");
         assert!(arguments.starts_with("-D /mnt/data -c config_file=/mnt/run/postgresql.conf"), "{arguments}");
         for fixed in ["fsync=on", "full_page_writes=on", "listen_addresses=", "recovery_init_sync_method=syncfs"] {
             assert!(arguments.contains(&format!("-c {fixed}")), "{fixed} is missing in {arguments}");
@@ -176,6 +239,17 @@ mod tests {
     fn the_branch_s_own_settings_come_last_and_are_quoted() {
         let text = file(&at(), &[("work_mem".into(), "8MB".into()), ("app.note".into(), "it's\\\nhere".into())]);
         assert!(text.ends_with("work_mem = '8MB'\napp.note = 'it''s\\\\\\nhere'\n"), "{text}");
+    }
+
+    #[test]
+    fn the_durability_has_the_last_word() {
+        let own = [("synchronous_standby_names".into(), "mine".into())];
+        let text = |shipped| file(&Surroundings { shipped, ..at() }, &own);
+        assert!(text(None).ends_with("synchronous_standby_names = 'mine'\n"));
+        assert!(text(Some(Durability::Local)).ends_with("\nsynchronous_standby_names = ''\n"));
+        let bucket = text(Some(Durability::Bucket));
+        assert!(bucket.contains("\nsynchronous_standby_names = 'ebb_ship'\nsynchronous_commit = on\n"), "{bucket}");
+        assert!(bucket.ends_with("\nmax_slot_wal_keep_size = -1\n"), "{bucket}");
     }
 
     #[test]

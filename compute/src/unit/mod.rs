@@ -14,6 +14,7 @@
 //! **Crash.** Killed at any moment, the unit takes Postgres and the mount with it (see `isolation.rs`); stale files are
 //! replaced by the next one.
 
+mod durability;
 mod isolation;
 mod log;
 mod owner;
@@ -25,7 +26,7 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -39,6 +40,7 @@ use self::isolation::House;
 use self::owner::Owner;
 use self::postmaster::Plan;
 use crate::clock::Stages;
+use crate::control::Durability;
 use crate::error::{Error, OsContext, Result, chain};
 use crate::files;
 use crate::manager::UnitSpec;
@@ -81,26 +83,32 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
 
     let program = std::env::current_exe().on("find", "/proc/self/exe")?;
     // A bucket in a directory; if it is away just now, the unit may well do without it.
-    let bucket = spec.bucket.as_ref().and_then(|at| at.directory()).filter(|dir| dir.exists());
-    let needed: Vec<&Path> = [branch_dir, &spec.layers_dir, &spec.pg_bin, &program].into_iter().chain(bucket).collect();
+    let buckets = spec.bucket.iter().chain(spec.archive.as_ref().map(|archive| &archive.bucket));
+    let buckets = buckets.filter_map(|at| at.directory()).filter(|dir| dir.exists());
+    let needed: Vec<&Path> =
+        [branch_dir, &spec.layers_dir, &spec.pg_bin, &program].into_iter().chain(buckets).collect();
     let house = House::enter(branch_dir, &needed)?;
     fs::write(branch_dir.join(files::PID), format!("{}\n", house.host_pid)).on("write", branch_dir.join(files::PID))?;
     stages.end("isolated");
 
-    let run = house.run();
-    let name = spec.branch.to_string();
-    let surroundings = Surroundings { name: &name, run: &run };
-    write_config(&run, &surroundings, &spec.settings, user)?;
+    let config = Config {
+        run: house.run(),
+        name: spec.branch.to_string(),
+        own: spec.settings.clone(),
+        user,
+        shipped: spec.archive.as_ref().map(|_| spec.durability),
+    };
+    config.write()?;
     let plan = Plan {
         bin: spec.pg_bin.clone(),
-        arguments: config::arguments(&surroundings, &house.data(), spec.fork),
+        arguments: config::arguments(&config.surroundings(), &house.data(), spec.fork, spec.recovery.as_ref()),
         user,
         lock,
         log: branch_dir.join(files::LOG),
     };
     let source = spec.bucket.clone().map(|at| LazyLayers::new(&spec.layers_dir, Origin::At(at)));
     let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned(), source };
-    Owner::new(spec, dirs, house, plan, stages).run()
+    Owner::new(spec, dirs, house, plan, config, stages).run()
 }
 
 /// Waits for the branch's lock. INVARIANT: whoever has it is the only unit of the branch, and no process of an earlier
@@ -131,6 +139,9 @@ fn read_spec(branch_dir: &Path) -> Result<UnitSpec> {
     let path = branch_dir.join(files::SPEC);
     let bytes = fs::read(&path).on("read", &path)?;
     let spec: UnitSpec = serde_json::from_slice(&bytes).map_err(io::Error::from).on("understand", &path)?;
+    if spec.durability == Durability::Bucket && spec.archive.is_none() {
+        return Err(Error::Refused("durability \"bucket\" needs an archive".to_owned()));
+    }
     match spec.settings.iter().find(|(name, _)| !config::is_setting_name(name)) {
         Some((name, _)) => Err(Error::Refused(format!("{name:?} is no name of a setting"))),
         None => Ok(spec),
@@ -166,13 +177,33 @@ fn give(path: &Path, user: RunAs) -> Result<()> {
     Ok(())
 }
 
-fn write_config(run: &Path, at: &Surroundings<'_>, own: &[(String, String)], user: RunAs) -> Result<()> {
-    for (name, text) in [("postgresql.conf", config::file(at, own).as_str()), ("pg_hba.conf", config::HBA)] {
-        let path = run.join(name);
-        fs::write(&path, text).on("write", &path)?;
-        give(&path, user)?;
+/// The generated configuration.
+#[derive(Debug)]
+struct Config {
+    run: PathBuf,
+    name: String,
+    own: Vec<(String, String)>,
+    user: RunAs,
+    /// What commits wait for, where WAL is shipped.
+    shipped: Option<Durability>,
+}
+
+impl Config {
+    fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { name: &self.name, run: &self.run, shipped: self.shipped }
     }
-    Ok(())
+
+    /// Writes the files, each at once: Postgres may be reading them.
+    fn write(&self) -> Result<()> {
+        let settings = config::file(&self.surroundings(), &self.own);
+        for (name, text) in [("postgresql.conf", settings.as_str()), ("pg_hba.conf", config::HBA)] {
+            let (path, fresh) = (self.run.join(name), self.run.join(format!("{name}.new")));
+            fs::write(&fresh, text).on("write", &fresh)?;
+            give(&fresh, self.user)?;
+            fs::rename(&fresh, &path).on("write", &path)?;
+        }
+        Ok(())
+    }
 }
 
 /// Tells the manager, which waits at the other end of standard output, and lets go of the pipe.

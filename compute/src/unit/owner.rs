@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebb_storage::layer::LazyLayers;
+use ebb_storage::layer::{LazyLayers, Origin};
 use ebb_storage::volume::{Mount, MountOptions, Sealed, Volume, VolumeDirs};
 use ebb_types::{LayerId, Lsn};
 use nix::sys::signal::Signal;
@@ -21,15 +21,20 @@ use super::isolation::House;
 use super::postmaster::{Event, Plan, Postmaster};
 use super::roles::Roles;
 use super::server::{self, Ask};
+use super::{Config, durability};
 use crate::clock::Stages;
-use crate::control::{Reply, Request, Status};
+use crate::control::{Durability, Reply, Request, Status};
 use crate::error::{Error, OsContext, Result, chain};
-use crate::manager::UnitSpec;
+use crate::manager::{ArchiveSpec, UnitSpec};
+use crate::shipper::{self, Shipper};
 use crate::user::RunAs;
 use crate::{files, long_path};
 
 /// How soon a role made in SQL can log in through the proxy. A look costs Postgres well below a millisecond.
 const ROLES_EVERY: Duration = Duration::from_secs(1);
+
+/// LIMIT: the shipper gives up by itself before that.
+const SHIPPER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Whoever the wake was for goes first: a session of the unit's own would take processor time from theirs.
 const ROLES_AFTER_READY: Duration = Duration::from_millis(100);
@@ -94,6 +99,7 @@ impl View {
             restarts: self.restarts,
             stages: self.stages.ended(),
             fetched: self.source.as_ref().map(|source| source.fetched()).unwrap_or_default(),
+            shipping: None,
         }
     }
 }
@@ -120,6 +126,10 @@ pub(super) struct Owner {
     plan: Plan,
     view: SharedView,
     roles: Roles,
+    config: Config,
+    archive: Option<ArchiveSpec>,
+    /// Ships WAL from the first time on that Postgres is ready.
+    shipper: Option<Shipper>,
     /// Whether what is missing of layers is fetched in the background.
     hydrate: bool,
     /// When Postgres was restarted lately, oldest first.
@@ -136,12 +146,13 @@ enum Action {
     Event(Event),
     Ask(Ask),
     LookAtRoles,
+    ShipperEnded(shipper::End),
     Terminate,
 }
 
 impl Owner {
     /// Owns a unit that is isolated and has nothing open yet.
-    pub fn new(spec: UnitSpec, dirs: VolumeDirs, house: House, plan: Plan, stages: Stages) -> Self {
+    pub fn new(spec: UnitSpec, dirs: VolumeDirs, house: House, plan: Plan, config: Config, stages: Stages) -> Self {
         // LIMIT: two events for each run of Postgres, and one run at a time.
         let (events_sender, events) = mpsc::channel(4);
         let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles, spec.fork);
@@ -160,6 +171,9 @@ impl Owner {
             plan,
             view: Arc::new(Mutex::new(view)),
             roles,
+            config,
+            archive: spec.archive,
+            shipper: None,
             hydrate: spec.hydrate,
             restarted: VecDeque::new(),
             finishing: TaskTracker::new(),
@@ -241,12 +255,14 @@ impl Owner {
                 Some(ask) = asks.recv() => Action::Ask(ask),
                 _ = terminate.recv() => Action::Terminate,
                 _ = look_at_roles.tick(), if ready => Action::LookAtRoles,
+                end = ended(&mut self.shipper) => Action::ShipperEnded(end),
             };
             match action {
                 Action::Event(Event::Ready) => {
                     tracing::info!("postgres is ready");
                     look_at_roles.reset_after(ROLES_AFTER_READY);
                     settle_down(&mounted.volume, self.hydrate);
+                    self.ship(&mounted.volume);
                 }
                 Action::Event(Event::Exited(how)) => {
                     (mounted, postmaster) = self.recover(mounted, postmaster, how).await?;
@@ -255,7 +271,8 @@ impl Owner {
                 Action::Ask(Ask { request: Request::Status, reply }) => {
                     let volume = mounted.volume.clone();
                     let dirty = blocking(move || volume.is_dirty()).await;
-                    let _ = reply.send(Reply::Status(look(&self.view).status(dirty)));
+                    let shipping = self.shipper.as_ref().map(Shipper::status);
+                    let _ = reply.send(Reply::Status(Status { shipping, ..look(&self.view).status(dirty) }));
                 }
                 Action::Ask(Ask { request: Request::Seal { layer }, reply }) => {
                     // The layer carries roles.json: it must know the roles that are in the image.
@@ -273,16 +290,23 @@ impl Owner {
                 }
                 Action::Ask(Ask { request: Request::Discard, reply }) => {
                     tracing::info!("discarded");
-                    postmaster.signal(Signal::SIGKILL);
-                    self.await_exit(&postmaster, None).await;
-                    self.seals_are_finished().await;
-                    blocking(move || {
-                        postmaster.bury();
-                        drop(mounted);
-                    })
-                    .await;
+                    self.end_at_once(mounted, postmaster).await;
                     let _ = reply.send(Reply::Discarded);
                     return Ok(());
+                }
+                Action::Ask(Ask { request: Request::SetDurability { durability }, reply }) => {
+                    self.set_durability(durability, &postmaster, reply);
+                }
+                Action::ShipperEnded(shipper::End::Stop(why)) => {
+                    // INVARIANT (I9): a unit that was replaced acknowledges nothing more.
+                    postmaster.signal(Signal::SIGKILL);
+                    tracing::error!(why, "postgres is stopped at once");
+                    self.end_at_once(mounted, postmaster).await;
+                    return Err(Error::Stopped(why));
+                }
+                Action::ShipperEnded(end) => {
+                    tracing::error!(?end, "the shipper ended by itself");
+                    self.shipper = None;
                 }
                 Action::Terminate => {
                     // The machine shuts down, or someone ends this unit politely. What is in the upper stays there.
@@ -291,6 +315,65 @@ impl Owner {
                 }
             }
         }
+    }
+
+    /// Starts to ship WAL, if it is to be shipped and is not yet.
+    fn ship(&mut self, volume: &Volume) {
+        let (Some(archive), Some(durability), None) = (&self.archive, self.config.shipped, &self.shipper) else {
+            return;
+        };
+        let plan = shipper::Plan {
+            bucket: Origin::At(archive.bucket.clone()),
+            branch: archive.branch,
+            line: archive.line,
+            epoch: archive.epoch,
+            socket_dir: self.house.run(),
+            base_wal: Some(self.dirs.layers.join(volume.base().to_string()).join("wal")),
+            delay: match durability {
+                Durability::Local => ROLES_AFTER_READY,
+                // The first commit waits for it.
+                Durability::Bucket => Duration::ZERO,
+            },
+        };
+        self.shipper = Some(Shipper::start(plan, durability));
+    }
+
+    /// Configures Postgres for another durability, and answers when it goes by it.
+    fn set_durability(&mut self, durability: Durability, postmaster: &Postmaster, reply: oneshot::Sender<Reply>) {
+        let failed = |message: String| Reply::Failed { message };
+        let Some(shipped) = &mut self.config.shipped else {
+            let _ = reply.send(failed("the WAL of this branch is not shipped to a bucket".to_owned()));
+            return;
+        };
+        let before = std::mem::replace(shipped, durability);
+        if let Err(error) = self.config.write() {
+            self.config.shipped = Some(before);
+            let _ = reply.send(failed(chain(&error)));
+            return;
+        }
+        postmaster.signal(Signal::SIGHUP);
+        if let Some(shipper) = &self.shipper {
+            shipper.set_durability(durability);
+        }
+        let socket_dir = self.house.run();
+        // It ends by its own deadline, and touches nothing of the unit's.
+        tokio::spawn(async move {
+            let in_effect = durability::in_effect(&socket_dir, durability).await;
+            let _ = reply.send(in_effect.map_or_else(|why| failed(why.to_owned()), |()| Reply::DurabilitySet));
+        });
+    }
+
+    /// Ends Postgres and the mount at once, without sealing.
+    async fn end_at_once(&mut self, mounted: Mounted, postmaster: Postmaster) {
+        self.shipper = None;
+        postmaster.signal(Signal::SIGKILL);
+        self.await_exit(&postmaster, None).await;
+        self.seals_are_finished().await;
+        blocking(move || {
+            postmaster.bury();
+            drop(mounted);
+        })
+        .await;
     }
 
     /// Completes the layers of all seals so far, and tells whoever asked.
@@ -302,8 +385,10 @@ impl Owner {
                 tracing::warn!(error, "a layer was not completed; the next seal tries again");
             }
             let reply = finished.map_or_else(|message| Reply::Failed { message }, |()| Reply::Finished);
-            // Whoever asked may be gone.
-            asked.map(|asked| asked.send(reply));
+            if let Some(asked) = asked {
+                // Whoever asked may be gone.
+                let _ = asked.send(reply);
+            }
         });
     }
 
@@ -320,13 +405,19 @@ impl Owner {
             return;
         }
         match self.roles.publish().await {
-            Ok(Some(wal_end)) => look(&self.view).wal_end = Some(wal_end),
+            Ok(Some(wal_end)) => {
+                look(&self.view).wal_end = Some(wal_end);
+                if let Some(shipper) = &self.shipper {
+                    shipper.saw(wal_end);
+                }
+            }
             Ok(None) => {}
             Err(error) => tracing::warn!(error = chain(&error), "roles were not published"),
         }
     }
 
-    /// Stops Postgres, unmounts, and seals into `layer` if there is one.
+    /// Stops Postgres, unmounts, and seals into `layer` if there is one. Postgres waits for the shipper, which sees to it
+    /// that this does not take long; what it could not ship it finds at the next wake.
     async fn stop(
         &mut self,
         mounted: Mounted,
@@ -336,6 +427,10 @@ impl Owner {
         self.look_at_roles().await;
         self.roles.close();
         look(&self.view).ready = false;
+        let mut shipper = self.shipper.take();
+        if let Some(shipper) = &shipper {
+            shipper.drain();
+        }
         postmaster.signal(Signal::SIGINT);
         if !self.await_exit(&postmaster, Some(FAST_SHUTDOWN_DEADLINE)).await {
             tracing::warn!("postgres did not shut down in time and is stopped at once");
@@ -347,7 +442,7 @@ impl Owner {
         }
         look(&self.view).postmaster_pid = None;
         self.seals_are_finished().await;
-        blocking(move || {
+        let sealed = blocking(move || {
             postmaster.bury();
             mounted.mount.unmount()?;
             let sealed = layer.map(|layer| mounted.volume.seal(layer)).transpose()?;
@@ -359,7 +454,17 @@ impl Owner {
             }
             Ok(sealed)
         })
-        .await
+        .await;
+        if let Some(shipper) = &mut shipper {
+            match timeout(SHIPPER_DEADLINE, shipper.ended()).await {
+                Ok(shipper::End::Drained) => tracing::info!("all WAL is in the bucket"),
+                Ok(shipper::End::Stop(why)) => return Err(Error::Stopped(why)),
+                Ok(shipper::End::GaveUp) | Err(_) => {
+                    tracing::warn!("the newest WAL is on this node only; it is shipped at the next wake");
+                }
+            }
+        }
+        sealed
     }
 
     /// Waits for the postmaster's end; `false` if it took longer than allowed.
@@ -422,6 +527,14 @@ impl Owner {
     }
 }
 
+/// Waits for the shipper's end, for ever if there is none.
+async fn ended(shipper: &mut Option<Shipper>) -> shipper::End {
+    match shipper {
+        Some(shipper) => shipper.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn mount(dirs: &VolumeDirs, house: &House, user: RunAs, view: &SharedView) -> Result<Mounted> {
     let volume = Volume::open(dirs)?;
     look(view).stage("opened");
@@ -456,7 +569,7 @@ fn settle_down(volume: &Arc<Volume>, hydrate: bool) {
 
 fn reply_to_seal(sealed: Result<Sealed>) -> Reply {
     match sealed {
-        Ok(Sealed { layer, new }) => Reply::Sealed { layer, new },
+        Ok(Sealed { layer, new, end }) => Reply::Sealed { layer, new, end },
         Err(error) => Reply::Failed { message: chain(&error) },
     }
 }

@@ -107,6 +107,8 @@ impl Roles {
     async fn connect(&mut self) -> Result<Client, tokio_postgres::Error> {
         let mut config = tokio_postgres::Config::new();
         config.host_path(&self.socket_dir).port(PORT).user(SUPERUSER).dbname("postgres").application_name("ebb unit");
+        // What it writes is written again at the next start if it was lost: it must not wait for the bucket.
+        config.options("-c synchronous_commit=local");
         let (client, connection) = config.connect(NoTls).await?;
         // Ends with the client or the server; whatever it has to say, the next look learns too.
         tokio::spawn(connection);

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says so by panicking")]
 
 mod node;
+mod shipping;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,6 +19,11 @@ use ebb_types::LayerId;
 use libtest_mimic::{Arguments, Trial};
 
 use self::node::{Node, kill, processes_like, until};
+use self::shipping::{
+    a_forks_wal_has_an_archive_of_its_own, a_stop_does_not_wait_for_a_bucket_that_is_away,
+    a_unit_that_is_overtaken_stops_postgres_and_seals_nothing, durability_is_changed_while_clients_work,
+    wal_is_shipped_from_wake_to_wake_without_a_gap,
+};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -52,6 +58,11 @@ fn main() -> ExitCode {
         postgres_is_isolated,
         no_acknowledged_row_is_lost_to_a_kill,
         a_unit_that_does_not_answer_is_killed,
+        wal_is_shipped_from_wake_to_wake_without_a_gap,
+        a_forks_wal_has_an_archive_of_its_own,
+        durability_is_changed_while_clients_work,
+        a_unit_that_is_overtaken_stops_postgres_and_seals_nothing,
+        a_stop_does_not_wait_for_a_bucket_that_is_away,
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -81,7 +92,8 @@ async fn a_stopped_unit_leaves_a_clean_layer_and_no_process() {
     let processes = node.processes(&spec);
     assert!(processes.len() > 3, "{processes:?}");
     let layer = LayerId::generate();
-    assert_eq!(unit.stop(layer).await.unwrap(), (layer, true));
+    let sealed = unit.stop(layer).await.unwrap();
+    assert_eq!((sealed.layer, sealed.new), (layer, true));
     node.until_dead(&processes).await;
     assert!(node.mounts_of(&spec).is_empty());
     assert!(!spec.branch_dir.join("control.sock").exists());
@@ -173,7 +185,8 @@ async fn a_seal_leaves_postgres_alone_and_a_branch_of_it_starts() {
     let pid = source.status().await.unwrap().postmaster_pid;
     node.sql(&source, "CREATE TABLE t AS SELECT generate_series(1, 100) AS n").await;
     let layer = LayerId::generate();
-    assert_eq!(source.seal(layer).await.unwrap(), (layer, true));
+    let sealed = source.seal(layer).await.unwrap();
+    assert_eq!((sealed.layer, sealed.new), (layer, true));
     node.sql(&source, "INSERT INTO t VALUES (0)").await;
     assert_eq!(source.status().await.unwrap().postmaster_pid, pid);
 
@@ -193,8 +206,10 @@ async fn a_seal_can_be_asked_for_twice() {
     let unit = node.start(&spec).await;
     node.sql(&unit, "CREATE TABLE t (n int)").await;
     let layer = LayerId::generate();
-    assert_eq!(unit.seal(layer).await.unwrap(), (layer, true));
-    assert_eq!(unit.seal(layer).await.unwrap(), (layer, true));
+    let sealed = unit.seal(layer).await.unwrap();
+    assert_eq!((sealed.layer, sealed.new), (layer, true));
+    let sealed = unit.seal(layer).await.unwrap();
+    assert_eq!((sealed.layer, sealed.new), (layer, true));
     node.stop(unit).await;
 }
 

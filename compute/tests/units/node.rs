@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use ebb_compute::control::Durability;
 use ebb_compute::manager::{Unit, UnitSpec};
 use ebb_compute::postgres::{self, Installation};
 use ebb_storage::node::NodeStore;
@@ -24,7 +25,7 @@ pub const VERIFIER: &str = "SCRAM-SHA-256$4096:c2FsdHNhbHRzYWx0c2FsdA==$\
     1+IwMnTKXyLmF6oBF5xPWGGDKV7bEMzEVc1VBVmmmmA=:q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83vASNFZ4k=";
 
 /// LIMIT: for anything a unit does in a second on an idle machine.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 
 pub struct Node {
     dir: TempDir,
@@ -59,6 +60,10 @@ impl Node {
         self.dir.path()
     }
 
+    pub fn bucket_dir(&self) -> PathBuf {
+        self.dir().join("bucket")
+    }
+
     pub fn layers(&self) -> PathBuf {
         self.dir().join("layers")
     }
@@ -88,10 +93,13 @@ impl Node {
             layers_dir: self.layers(),
             pg_bin: self.installation.bin.clone(),
             settings: Vec::new(),
+            recovery: None,
             fork: false,
             bucket: None,
             hydrate: false,
             initial_roles: Vec::new(),
+            archive: None,
+            durability: Durability::Local,
         };
         fs::create_dir_all(&spec.branch_dir).unwrap();
         Volume::create(&self.dirs(&spec), base).unwrap();
@@ -111,7 +119,7 @@ impl Node {
     }
 
     pub async fn stop(&self, unit: Unit) -> LayerId {
-        unit.stop(LayerId::generate()).await.unwrap().0
+        unit.stop(LayerId::generate()).await.unwrap().layer
     }
 
     /// Runs SQL as the superuser and answers the last value of the last row.
@@ -119,7 +127,7 @@ impl Node {
         self.try_sql(unit, sql).await.unwrap()
     }
 
-    async fn try_sql(&self, unit: &Unit, sql: &str) -> Result<String, Box<dyn std::error::Error>> {
+    pub async fn try_sql(&self, unit: &Unit, sql: &str) -> Result<String, Box<dyn std::error::Error>> {
         let (client, connection) = connect(unit).await?;
         let rows = client.simple_query(sql).await?;
         drop(client);

@@ -35,6 +35,12 @@ pub(super) fn export(manifest: &Manifest, layers_dir: &Path, dest: &Path) -> Res
     exported
 }
 
+/// A replication slot, or of one. Whoever read from it reads from the branch; in a copy it would hold back WAL for ever. A
+/// base backup leaves them out as well (PostgreSQL 15, `basebackup.c`).
+fn is_of_slot(relative: &Path) -> bool {
+    relative != Path::new("pg_replslot") && relative.starts_with("pg_replslot")
+}
+
 /// Makes the directory, or finds it empty. Tells whether it was there.
 fn claim(dest: &Path) -> Result<bool> {
     match fs::read_dir(dest) {
@@ -75,12 +81,16 @@ impl Exporter<'_> {
         let mut control = None;
         // Directories first: an inode's parent may have a higher number than its own.
         for inode in self.manifest.inodes.iter().filter(|inode| inode.kind == InodeKind::Directory) {
-            if inode.ino != ROOT_INO {
-                make_dirs(&self.dest.join(tree.path(inode)))?;
+            let relative = tree.path(inode);
+            if inode.ino != ROOT_INO && !is_of_slot(&relative) {
+                make_dirs(&self.dest.join(relative))?;
             }
         }
         for inode in &self.manifest.inodes {
             let relative = tree.path(inode);
+            if is_of_slot(&relative) {
+                continue;
+            }
             let path = self.dest.join(&relative);
             match &inode.kind {
                 InodeKind::Directory => {}

@@ -28,7 +28,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ebb_types::LayerId;
+use ebb_types::{LayerId, Lsn};
 use parking_lot::Mutex;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -83,6 +83,16 @@ pub(super) struct WalEnd {
     pub pages: u32,
     /// The page after those, as far as it was written.
     pub page: Vec<u8>,
+}
+
+impl WalEnd {
+    /// The position of the end: what is behind the last byte that is not zero is nothing, as a record begins with its
+    /// length, and at a multiple of eight (PostgreSQL 15, `xlogrecord.h`).
+    pub fn lsn(&self, segment_bytes: u32) -> Lsn {
+        let written = self.page.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
+        let pages = u64::from(self.pages) * super::wal::PAGE_BYTES;
+        Lsn(self.segment * u64::from(segment_bytes) + pages + written.next_multiple_of(8))
+    }
 }
 
 /// What a journal says about its upper.

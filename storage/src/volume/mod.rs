@@ -55,7 +55,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use ebb_types::LayerId;
+use ebb_types::{LayerId, Lsn};
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FlockOperation};
 use rustix::io::Errno;
@@ -129,6 +129,9 @@ pub struct Sealed {
     pub layer: LayerId,
     /// Whether the layer is new (`false`: nothing had changed since the last seal, and `layer` is that one).
     pub new: bool,
+    /// A position that all WAL of the layer ends at or before, where known: where a record ends, except after a crash,
+    /// when it may lie behind.
+    pub end: Option<Lsn>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -339,6 +342,28 @@ impl Volume {
         }
     }
 
+    /// What the layer that it lies on tells of its image.
+    pub fn image_info(&self) -> ImageInfo {
+        self.base.lock().info
+    }
+
+    /// Puts a file into the data directory, durably, in place of one of that name. For a volume that is not mounted.
+    pub fn put_file(&self, name: &str, contents: &[u8]) -> Result<()> {
+        let put = || {
+            match self.core.unlink(ROOT_INO, name.as_bytes()) {
+                Err(Errno::NOENT) | Ok(()) => {}
+                Err(error) => return Err(error),
+            }
+            let made = self.core.create(ROOT_INO, name.as_bytes(), 0o600)?;
+            self.core.write(made.ino, 0, contents)?;
+            self.core.sync_file(made.ino)?;
+            self.core.sync_tree()?;
+            self.core.forget(made.ino, 1);
+            Ok(())
+        };
+        put().on("write into", &self.dirs.branch)
+    }
+
     /// Freezes the present state into layer `id` and goes on with an empty upper; returns once the layer is complete on
     /// this node: [`Volume::begin_seal`], then [`Volume::finish_seals`].
     pub fn seal(&self, id: LayerId) -> Result<Sealed> {
@@ -359,23 +384,25 @@ impl Volume {
         let begun = self.pending.lock().iter().find(|pending| pending.layer == id).cloned();
         if let Some(pending) = begun {
             pending.upper.settle().on("seal", &self.dirs.branch)?;
-            return Ok(Sealed { layer: id, new: true });
+            return Ok(Sealed { layer: id, new: true, end: None });
         }
         if seal::is_layer(&self.dirs.layers, id) {
-            return Ok(Sealed { layer: id, new: true });
+            return Ok(Sealed { layer: id, new: true, end: None });
         }
         if self.pending.lock().len() >= PENDING_MAX {
             self.finish_seals()?;
         }
         if !self.has_changed() {
             let newest = self.pending.lock().back().map(|pending| pending.layer);
-            return Ok(Sealed { layer: newest.unwrap_or_else(|| self.base()), new: false });
+            return Ok(Sealed { layer: newest.unwrap_or_else(|| self.base()), new: false, end: None });
         }
         let sealed = self.switch(id)?;
         self.pending.lock().push_back(Pending { upper: sealed.clone(), layer: id });
         sealed.settle().on("seal", &self.dirs.branch)?;
         metrics::counter!("ebb_storage_volume_seals_total").increment(1);
-        Ok(Sealed { layer: id, new: true })
+        let segment_bytes = self.base.lock().info.wal_segment_bytes;
+        let end = self.sealed_end.lock().as_ref().map(|end| end.lsn(segment_bytes));
+        Ok(Sealed { layer: id, new: true, end })
     }
 
     /// Steps 1 to 4 of a seal.

@@ -24,7 +24,7 @@ use crate::pg_files::WalSegment;
 
 /// Size of a page of WAL in the default build (`XLOG_BLCKSZ`), and of the headers pages begin with
 /// (PostgreSQL 15, `src/include/access/xlog_internal.h`: `XLogPageHeaderData`, `XLogLongPageHeaderData`).
-const PAGE_BYTES: u64 = 8192;
+pub(super) const PAGE_BYTES: u64 = 8192;
 const SHORT_HEADER_BYTES: u64 = 24;
 const LONG_HEADER_BYTES: u64 = 40;
 
@@ -69,8 +69,10 @@ fn is_history(name: &str) -> bool {
 ///
 /// Postgres writes WAL in order, page by page; a page that another follows is not written to again. (After a crash it
 /// may lie over pages of a former end, until the new one has gone past it. Then the end found here is that former one.)
+/// Where the Postgres timeline has changed since the image, the newest one goes on.
 pub(super) fn end(wal: &Path, image: &ImageInfo) -> Result<Option<WalEnd>> {
-    for (segment, path) in segments_in(wal, image)?.into_iter().rev() {
+    let newest = newest_timeline(wal, image)?;
+    for (segment, path) in segments_in(wal, &ImageInfo { pg_timeline: newest, ..*image })?.into_iter().rev() {
         let file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file.on("open", &path)?,
@@ -157,6 +159,21 @@ pub(super) fn changed_since(wal: &Path, layer_wal: &Path, image: &ImageInfo) -> 
         }
     }
     Ok(false)
+}
+
+/// The newest Postgres timeline that has a segment in a directory, or the image's.
+fn newest_timeline(dir: &Path, image: &ImageInfo) -> Result<u32> {
+    let mut newest = image.pg_timeline;
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(newest),
+        entries => entries.on("list", dir)?,
+    };
+    for entry in entries {
+        let name = entry.on("list", dir)?.file_name();
+        let segment = name.to_str().and_then(|name| WalSegment::parse(name, image.wal_segment_bytes));
+        newest = newest.max(segment.map_or(0, |segment| segment.pg_timeline));
+    }
+    Ok(newest)
 }
 
 /// The segments in a directory, on the image's Postgres timeline, in order. An absent directory has none.

@@ -21,6 +21,7 @@
 
 mod contents;
 mod fuse;
+mod janitor;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,7 @@ use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use crate::fuse::Adapter;
+use crate::janitor::Janitor;
 use crate::state::State;
 
 pub use crate::state::{Fault, On};
@@ -45,6 +47,7 @@ pub struct Disk {
     at: PathBuf,
     state: Arc<Mutex<State>>,
     session: Option<BackgroundSession>,
+    _janitor: Janitor,
 }
 
 impl Disk {
@@ -65,7 +68,7 @@ impl Disk {
         config.n_threads = Some(4);
         config.clone_fd = true;
         let session = fuser::Session::new(Adapter::new(state.clone()), at, &config)?.spawn()?;
-        Ok(Self { at: at.to_owned(), state, session: Some(session) })
+        Ok(Self { at: at.to_owned(), state, session: Some(session), _janitor: Janitor::watch(at)? })
     }
 
     /// Where it is mounted.

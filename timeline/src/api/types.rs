@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use ebb_compute::control::Status;
+use ebb_compute::control::{Durability, Status};
 use ebb_types::{
     BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, OperationId, PointRef, ProjectId, ProjectName,
     ReleaseId, Timestamp,
@@ -145,6 +145,14 @@ pub struct Branch {
     pub created_at: Timestamp,
     /// Idle time after which its compute is suspended, in seconds.
     pub idle_suspend_seconds: f64,
+    /// How long its past can be gone back to, in seconds.
+    pub window_seconds: f64,
+    /// The first moment that it can be taken back to now.
+    #[schema(value_type = String)]
+    pub window_from: Timestamp,
+    /// What a commit waits for: `local`, the disk of the node; or `bucket`.
+    #[schema(value_type = String)]
+    pub durability: Durability,
     /// For a rescue branch: until when nothing may delete it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -178,11 +186,19 @@ pub struct CreateBranch {
 }
 
 /// Body of `PATCH /v1/projects/{p}/branches/{b}`.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeBranch {
-    /// Idle time after which the compute is suspended, in seconds.
-    pub idle_suspend_seconds: f64,
+    /// Idle time after which the compute is suspended, in seconds; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_suspend_seconds: Option<f64>,
+    /// How long the branch's past can be gone back to, in seconds; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_seconds: Option<f64>,
+    /// What a commit waits for, `local` or `bucket`; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub durability: Option<Durability>,
 }
 
 /// Body of `POST …/restore`.

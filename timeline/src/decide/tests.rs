@@ -29,6 +29,7 @@ impl Model {
             branch: BranchId::for_test(n),
             name: name.parse().unwrap(),
             head: template,
+            end: Some(Lsn(0)),
             parent: None,
             rescue_until: None,
         };
@@ -74,6 +75,8 @@ impl Model {
             branch: BranchId::for_test(self.id()),
             layer: LayerId::for_test(self.id()),
             release: ReleaseId::for_test(self.id()),
+            scratch: BranchId::for_test(self.id()),
+            replayed: LayerId::for_test(self.id()),
         }
     }
 
@@ -105,7 +108,10 @@ impl Model {
             }
             let layer = LayerId::for_test(self.id());
             self.layers.insert(layer);
-            let found = Found { sealed: Some(layer), lsn: None, next_xid: None };
+            let replayed = self.state.operations.get(&op).and_then(|operation| Some(operation.plan.replay()?.layer));
+            self.layers.extend(replayed.filter(|_| step == Step::Replay));
+            let sealed = Some(layer).filter(|_| step != Step::Replay);
+            let found = Found { sealed, end: Some(Lsn(self.ids as u64)), ..Found::default() };
             let events = decide(&self.state, &Command::Step { op, step, found }).unwrap();
             self.record(op, events);
         }
@@ -124,6 +130,10 @@ impl Model {
         assert!(names.iter().any(|name| name.as_str() == PROD), "prod is gone");
         for branch in state.branches.values() {
             assert!(self.layers.contains(&branch.head), "a head is no layer");
+            let seals = branch.history.seals();
+            assert!(seals.iter().all(|seal| self.layers.contains(&seal.layer)), "a seal is no layer");
+            assert!(seals.is_sorted_by_key(|seal| seal.at), "history is not in order");
+            assert_eq!(seals.last().map(|seal| seal.layer), Some(branch.head), "the newest seal is not the head");
             let checkpoints: BTreeSet<_> = branch.checkpoints.iter().map(|checkpoint| &checkpoint.name).collect();
             assert_eq!(checkpoints.len(), branch.checkpoints.len(), "two checkpoints have one name");
             assert!(branch.checkpoints.iter().all(|checkpoint| self.layers.contains(&checkpoint.layer)));
@@ -170,7 +180,12 @@ fn checkpoint_name() -> impl Strategy<Value = CheckpointName> {
 }
 
 fn point() -> impl Strategy<Value = Point> {
-    prop_oneof![Just(Point::Head), checkpoint_name().prop_map(Point::Checkpoint)]
+    prop_oneof![
+        Just(Point::Head),
+        checkpoint_name().prop_map(Point::Checkpoint),
+        (0..1000u64).prop_map(|lsn| Point::Lsn(Lsn(lsn))),
+        (-100..2_000_000i64).prop_map(|second| Point::Time(Timestamp::from_second(second).unwrap())),
+    ]
 }
 
 fn ask() -> impl Strategy<Value = Ask> {
@@ -188,8 +203,18 @@ fn ask() -> impl Strategy<Value = Ask> {
         any::<u8>().prop_map(|n| Ask::Release { artifact: format!("{n:02x}"), migrations: Vec::new() }),
         (1..5u8).prop_map(|n| Ask::Rollback { to: format!("v{n}"), lsn: None, next_xid: None, layers: 0 }),
         branch_name().prop_map(|branch| Ask::Suspend { branch }),
-        (branch_name(), 0..5_000u64)
-            .prop_map(|(branch, idle_suspend_ms)| Ask::ChangeBranch { branch, idle_suspend_ms }),
+        (branch_name(), 0..5_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
+            branch,
+            idle_suspend_ms: Some(ms),
+            window_ms: None,
+            durability: None
+        }),
+        (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
+            branch,
+            idle_suspend_ms: None,
+            window_ms: Some(ms),
+            durability: None
+        }),
     ]
 }
 
@@ -303,7 +328,7 @@ fn unknown_names_suggest_near_ones() {
     assert_eq!(hint(Ask::Wake { branch: "prdo".to_owned() }), Some("Did you mean prod?".to_owned()));
     let time = "2026-01-01T00:00:00Z".parse().unwrap();
     let refused = hint(Ask::Restore { branch: "prod".to_owned(), to: time });
-    assert!(refused.unwrap().contains("ebb checkpoint create"));
+    assert!(refused.unwrap().contains("any moment from 1970-01-01T00:00:"));
 }
 
 #[test]

@@ -30,14 +30,21 @@ impl Machine {
     }
 }
 
+/// A start of a branch with this data.
+fn start_of(data: &Line) -> Start {
+    let (durability, verifier) = (Durability::Local, String::new());
+    Start { data: data.clone(), pg_major: 15, head_end: None, earlier: Vec::new(), fork: false, durability, verifier }
+}
+
 #[tokio::test]
 async fn a_volume_of_another_line_is_replaced() {
     let machine = Machine::new().await;
     let (node, first, second) = (&machine.node, machine.line(0), machine.line(1));
     assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), None);
-    node.ensure_volume(&first, false).await.unwrap();
+    node.ensure_volume(&start_of(&first)).await.unwrap();
     // Nothing was written: the layer below is all there is.
-    assert_eq!(node.seal(&first, LayerId::generate()).await.unwrap(), Some(machine.base));
+    let sealed = node.seal(&first, LayerId::generate()).await.unwrap();
+    assert_eq!(sealed.map(|sealed| sealed.layer), Some(machine.base));
     let roles = node.branch_dir(first.branch).join("roles.json");
     fs::write(&roles, r#"{"app":"SCRAM-SHA-256$x","guest":null}"#).unwrap();
     let read = node.roles(&first).await.unwrap().unwrap();
@@ -46,12 +53,12 @@ async fn a_volume_of_another_line_is_replaced() {
     // The branch was moved: the volume and its roles are of the past.
     assert_eq!(node.seal(&second, LayerId::generate()).await.unwrap(), None);
     assert_eq!(node.roles(&second).await.unwrap(), None);
-    node.ensure_volume(&second, false).await.unwrap();
+    node.ensure_volume(&start_of(&second)).await.unwrap();
     assert!(!roles.exists() && node.has_volume(&second).unwrap() && !node.has_volume(&first).unwrap());
 
     node.remove_volume(first.branch).await.unwrap();
     assert!(!node.has_volume(&second).unwrap());
-    node.ensure_volume(&second, false).await.unwrap();
+    node.ensure_volume(&start_of(&second)).await.unwrap();
     node.remove_branch(first.branch).await.unwrap();
     assert!(!node.branch_dir(first.branch).exists());
     node.remove_branch(first.branch).await.unwrap();
@@ -61,9 +68,9 @@ async fn a_volume_of_another_line_is_replaced() {
 async fn a_volume_that_lost_its_line_is_reported_and_kept() {
     let machine = Machine::new().await;
     let (node, data) = (&machine.node, machine.line(0));
-    node.ensure_volume(&data, false).await.unwrap();
+    node.ensure_volume(&start_of(&data)).await.unwrap();
     fs::remove_file(node.line_file(data.branch)).unwrap();
-    assert_eq!(node.ensure_volume(&data, false).await.unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!(node.ensure_volume(&start_of(&data)).await.unwrap_err().kind(), ErrorKind::Internal);
     assert!(Volume::exists(&node.dirs(data.branch)));
 }
 
@@ -108,7 +115,7 @@ async fn what_a_node_has_of_volumes_and_layers_is_told() {
     let machine = Machine::new().await;
     let (node, line) = (&machine.node, machine.line(0));
     assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::new());
-    node.ensure_volume(&line, false).await.unwrap();
+    node.ensure_volume(&start_of(&line)).await.unwrap();
     assert_eq!(node.local_branches().await.unwrap(), BTreeSet::from([line.branch]));
     assert_eq!(node.volume_bases(line.branch).await.unwrap(), BTreeSet::from([machine.base]));
     assert_eq!(node.whole_chain(machine.base).await.unwrap(), [machine.base]);
@@ -126,7 +133,7 @@ async fn what_a_node_has_of_volumes_and_layers_is_told() {
 async fn what_a_lost_unit_had_begun_to_seal_is_finished_by_one_at_a_time() {
     let machine = Machine::new().await;
     let (node, data) = (&machine.node, machine.line(0));
-    node.ensure_volume(&data, false).await.unwrap();
+    node.ensure_volume(&start_of(&data)).await.unwrap();
     for round in 0..20 {
         let (dirs, at, layer) = (node.dirs(data.branch), machine.dir.path().join("mnt"), LayerId::generate());
         let lost = move || {
@@ -142,6 +149,6 @@ async fn what_a_lost_unit_had_begun_to_seal_is_finished_by_one_at_a_time() {
         // Uploads want the layer, while somebody else wants the branch.
         let (settled, sealed) = tokio::join!(node.settle(layer), node.seal(&data, LayerId::generate()));
         settled.unwrap();
-        assert_eq!(sealed.unwrap(), Some(layer), "in round {round}");
+        assert_eq!(sealed.unwrap().map(|sealed| sealed.layer), Some(layer), "in round {round}");
     }
 }

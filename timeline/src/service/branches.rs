@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ebb_compute::control::Durability;
 use ebb_types::{BranchId, LayerId, Lsn, Point};
 
 use super::views::{checkpoint_view, known_since, seconds_to_ms};
@@ -89,10 +90,20 @@ impl Service {
         request: api::ChangeBranch,
     ) -> Result<api::Branch> {
         let project = self.project(project)?;
-        let idle_suspend_ms = seconds_to_ms(request.idle_suspend_seconds)?;
-        self.act(&project, caller, Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms }).await?;
+        let idle_suspend_ms = request.idle_suspend_seconds.map(seconds_to_ms).transpose()?;
+        let window_ms = request.window_seconds.map(seconds_to_ms).transpose()?;
+        let durability = request.durability;
+        if durability == Some(Durability::Bucket) {
+            self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
+        }
+        let ask = Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms, window_ms, durability };
+        self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;
+        if let Some(durability) = durability.filter(|_| self.is_awake(&project, id)) {
+            // A compute that starts meanwhile starts with what is recorded.
+            self.node.set_durability(id, durability).await?;
+        }
         self.branch_view(&project, &state, id)
     }
 
@@ -106,7 +117,7 @@ impl Service {
         Ok(())
     }
 
-    /// Sets a branch to one of its checkpoints; the old head becomes a rescue branch.
+    /// Sets a branch to a point of its history; the old head becomes a rescue branch.
     ///
     /// # Errors
     /// If there is no such branch or checkpoint, or it is busy.

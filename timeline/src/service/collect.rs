@@ -108,6 +108,8 @@ struct Kept {
     projects: BTreeSet<ProjectId>,
     /// Branches that a ledger says were deleted.
     deleted_branches: BTreeSet<BranchId>,
+    /// The branches there are, and the oldest line of each that can be gone back to.
+    oldest_lines: BTreeMap<BranchId, u64>,
 }
 
 impl Kept {
@@ -116,6 +118,7 @@ impl Kept {
             Object::Layer(layer) => self.layers.contains(layer),
             Object::Artifact(hash) => self.artifacts.contains(hash),
             Object::Secret(project) => self.projects.contains(project),
+            Object::Wal(branch, line) => self.oldest_lines.get(branch).is_some_and(|oldest| line >= oldest),
             Object::Ledger(_) | Object::Template(_) | Object::Catalog | Object::Receipt => true,
             // A boot set goes with its layer.
             Object::Boot(_) | Object::Other => true,
@@ -142,6 +145,7 @@ impl Service {
             if let Err(error) = self.collect(&Caller::ebb(), false).await {
                 self.report("collecting", &error);
             }
+            self.forget_wal().await;
             wait = self.config.collect.interval;
         }
     }
@@ -240,6 +244,7 @@ impl Service {
         for (project, state) in self.states().await? {
             kept.projects.insert(project);
             kept.deleted_branches.extend(&state.deleted_branches);
+            kept.oldest_lines.extend(reach::oldest_lines(&state));
             kept.artifacts.extend(reach::artifacts(&state).into_iter().map(|(hash, _)| hash));
             kept.layers.extend(reach::to_be(&state).into_iter().map(|root| root.layer));
             roots.extend(reach::roots(&state));
@@ -283,7 +288,7 @@ impl Service {
         for project in self.all_projects() {
             for (&branch, cell) in &*project.cells.lock() {
                 let keeper = Keeper::Unrecorded { project: project.name.clone(), branch };
-                let layer = cell.inner.lock().unrecorded.map(|(_, layer)| layer);
+                let layer = cell.inner.lock().unrecorded.map(|(_, sealed)| sealed.layer);
                 roots.extend(layer.map(|layer| Root { layer, keeper, owner: Some(branch) }));
             }
         }

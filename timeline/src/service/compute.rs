@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ebb_compute::control::Durability;
 use ebb_types::{BranchId, LayerId, Timestamp};
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
@@ -13,7 +14,7 @@ use super::{Project, Service};
 use crate::clients::{SessionRow, SharedClients};
 use crate::decide::Command;
 use crate::machine::{Compute, ComputeEvent, Serving};
-use crate::node::Start;
+use crate::node::{Sealed, Start};
 use crate::{Error, Refusal, Result};
 
 /// LIMIT: setting idle sessions aside takes one query each; one that does not answer by then is not idle.
@@ -64,7 +65,7 @@ pub(super) struct Inner {
     /// The volume holds nothing beyond the recorded head (it was stopped, sealed and recorded).
     settled: bool,
     /// A seal that could not be recorded yet: line and layer.
-    pub unrecorded: Option<(u64, LayerId)>,
+    pub unrecorded: Option<(u64, Sealed)>,
     /// The unit of this generation went away while it was being suspended.
     lost: Option<u64>,
 }
@@ -193,10 +194,21 @@ impl Service {
         let start = {
             let state = project.ledger.state();
             let facts = state.facts()?;
-            let fork = state.branch_by_id(branch)?.is_fork();
-            Start { data, pg_major: facts.pg_major, fork, verifier: facts.verifier.clone() }
+            let known = state.branch_by_id(branch)?;
+            Start {
+                head_end: known.history.seal_of(data.head).and_then(|seal| seal.end),
+                earlier: known.history.before(data.head, data.line),
+                data,
+                pg_major: facts.pg_major,
+                fork: known.is_fork(),
+                durability: known.durability,
+                verifier: facts.verifier.clone(),
+            }
         };
         self.check_disk()?;
+        if start.durability == Durability::Bucket {
+            self.upload_base(project, branch).await?;
+        }
         let began = Instant::now();
         cell.inner.lock().step(ComputeEvent::Wake, self.clock.now())?;
         match self.node.start(&start).await {
@@ -309,7 +321,7 @@ impl Service {
         seal: LayerId,
         deadline: Duration,
         end_rest: bool,
-    ) -> Result<(Fence, Option<LayerId>)> {
+    ) -> Result<(Fence, Option<Sealed>)> {
         let cell = project.cell(branch);
         let data = project.line(branch)?;
         let active = {
@@ -371,12 +383,7 @@ impl Service {
     }
 
     /// Seals the head, whether or not a compute runs, with the branch's lock held.
-    pub(super) async fn seal_locked(
-        &self,
-        project: &Project,
-        branch: BranchId,
-        id: LayerId,
-    ) -> Result<Option<LayerId>> {
+    pub(super) async fn seal_locked(&self, project: &Project, branch: BranchId, id: LayerId) -> Result<Option<Sealed>> {
         let cell = project.cell(branch);
         if cell.inner.lock().settled {
             return Ok(None);
@@ -392,6 +399,11 @@ impl Service {
         inner.settled = inner.compute == Compute::Suspended;
         drop(inner);
         self.layers_changed.notify_one();
+    }
+
+    /// Whether a compute of the branch answers.
+    pub(super) fn is_awake(&self, project: &Project, branch: BranchId) -> bool {
+        matches!(project.cell(branch).inner.lock().compute, Compute::Active(_))
     }
 
     /// Ends the compute without sealing, with the branch's lock held.
@@ -449,11 +461,11 @@ impl Service {
         let stopped = self.stop_locked(project, branch, LayerId::generate(), deadline, end_rest).await;
         let result = if stopped.is_ok() { "ok" } else { "refused" };
         metrics::counter!("ebb_timeline_suspends_total", "result" => result).increment(1);
-        let (_fence, layer) = stopped?;
+        let (_fence, sealed) = stopped?;
         tracing::info!(%branch, "compute suspended");
-        if let Some(layer) = layer {
+        if let Some(sealed) = sealed {
             // The compute is stopped whether or not the bucket can be reached now: the record is made up for later.
-            project.cell(branch).inner.lock().unrecorded = Some((line, layer));
+            project.cell(branch).inner.lock().unrecorded = Some((line, sealed));
             self.record_seal(project, branch).await?;
         } else {
             self.settle(project, branch);
@@ -463,10 +475,10 @@ impl Service {
 
     /// Records a seal that is not recorded yet, with the branch's lock held.
     pub(super) async fn record_seal(&self, project: &Project, branch: BranchId) -> Result<()> {
-        let Some((line, layer)) = project.cell(branch).inner.lock().unrecorded else {
+        let Some((line, Sealed { layer, end })) = project.cell(branch).inner.lock().unrecorded else {
             return Ok(());
         };
-        let command = Command::Sealed { branch, line, layer };
+        let command = Command::Sealed { branch, line, layer, end };
         project.ledger.append("ebb", None, |state| Ok((crate::decide::decide(state, &command)?, ()))).await?;
         self.settle(project, branch);
         Ok(())

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex as StdMutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ebb_compute::control::Status;
+use ebb_compute::control::{Durability, Status};
 use ebb_storage::object_store::{self, Bucket};
 use ebb_types::{BranchId, Clock, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
-use crate::node::{Line, Node, Roles, Start};
+use crate::event::Replay;
+use crate::node::{Line, Node, Roles, Sealed, Start};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -33,6 +34,8 @@ pub struct World {
     /// A migration of this name fails.
     pub fail_migration: Option<String>,
     pub free_bytes: u64,
+    /// What was written on each line of a branch, and where in its WAL that ends.
+    pub wal: HashMap<(BranchId, u64), Vec<(Lsn, String)>>,
     /// Where layers are uploaded to; `None` once they need not be found there.
     pub bucket: Option<Bucket>,
 }
@@ -67,6 +70,8 @@ impl FakeNode {
         assert!(volume.running.is_some(), "nobody writes to a sleeping branch");
         volume.rows.insert(row.to_owned());
         volume.dirty = true;
+        let (line, end) = (volume.line, Lsn(volume.rows.len() as u64 * 100));
+        world.wal.entry((branch, line)).or_default().push((end, row.to_owned()));
     }
 
     /// What a client reads; the compute must run.
@@ -110,7 +115,7 @@ impl FakeNode {
 }
 
 impl World {
-    fn seal(&mut self, data: &Line, id: LayerId) -> Option<LayerId> {
+    fn seal(&mut self, data: &Line, id: LayerId) -> Option<Sealed> {
         let volume = self.volumes.get_mut(&data.branch).filter(|volume| volume.line == data.line)?;
         if volume.dirty {
             let mut chain = self.layers[&volume.base].0.clone();
@@ -124,7 +129,7 @@ impl World {
             volume.base = id;
             volume.dirty = false;
         }
-        Some(volume.base)
+        Some(Sealed { layer: volume.base, end: Some(Lsn(volume.rows.len() as u64 * 100)) })
     }
 }
 
@@ -169,11 +174,35 @@ impl Node for FakeNode {
         Ok(PathBuf::from(format!("/{branch}")))
     }
 
-    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+    async fn seal(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>> {
         Ok(self.0.lock().seal(data, id))
     }
 
-    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<LayerId>> {
+    async fn ship(&self, _: BranchId) -> Result<()> {
+        Ok(())
+    }
+
+    async fn forget_wal(&self, _: BranchId, _: u64, _: Lsn) -> Result<()> {
+        Ok(())
+    }
+
+    async fn set_durability(&self, _: BranchId, _: Durability) -> Result<()> {
+        Ok(())
+    }
+
+    async fn replay(&self, replay: &Replay, _: &Start) -> Result<Option<Lsn>> {
+        self.bring(replay.base).await?;
+        let mut world = self.0.lock();
+        let (mut chain, mut rows) = world.layers[&replay.base].clone();
+        let wal = world.wal.get(&(replay.branch, replay.line)).cloned().unwrap_or_default();
+        rows.extend(wal.into_iter().filter(|(lsn, _)| replay.to.lsn().is_none_or(|to| *lsn <= to)).map(|(_, row)| row));
+        let end = Lsn(rows.len() as u64 * 100);
+        chain.push(replay.layer);
+        world.layers.insert(replay.layer, (chain, rows));
+        Ok(Some(end))
+    }
+
+    async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>> {
         let mut world = self.0.lock();
         let layer = world.seal(data, id);
         if let Some(running) = world.volumes.get_mut(&data.branch).and_then(|volume| volume.running.take()) {
@@ -202,7 +231,7 @@ impl Node for FakeNode {
 
     async fn positions(&self, branch: BranchId) -> Result<Found> {
         let rows = self.0.lock().volumes[&branch].rows.len() as u64;
-        Ok(Found { sealed: None, lsn: Some(Lsn(rows * 100)), next_xid: Some(rows) })
+        Ok(Found { lsn: Some(Lsn(rows * 100)), next_xid: Some(rows), ..Found::default() })
     }
 
     async fn migrate(&self, branch: BranchId, _: &str, migrations: &[Migration]) -> Result<Vec<String>> {

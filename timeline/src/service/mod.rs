@@ -19,6 +19,7 @@ pub(crate) mod collect;
 mod compute;
 #[cfg(test)]
 pub(crate) mod fake;
+mod past;
 mod projects;
 mod reconcile;
 mod releases;

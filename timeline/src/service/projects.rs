@@ -138,6 +138,7 @@ impl Service {
             branch: BranchId::generate(),
             name: name.parse().expect("the first branches' names are names"),
             head: template,
+            end: None,
             parent: None,
             rescue_until: None,
         };

@@ -67,6 +67,7 @@ impl Service {
                     self.mend_forever(),
                     self.upload_forever(),
                     self.collect_forever(),
+                    self.watch_wal_forever(),
                 )
             } => {}
         }
@@ -188,8 +189,8 @@ impl Service {
         self.check_disk()?;
         let line = project.line(branch)?.line;
         match self.seal_locked(project, branch, LayerId::generate()).await? {
-            Some(layer) => {
-                cell.inner.lock().unrecorded = Some((line, layer));
+            Some(sealed) => {
+                cell.inner.lock().unrecorded = Some((line, sealed));
                 self.record_seal(project, branch).await
             }
             None => {

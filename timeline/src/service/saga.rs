@@ -12,13 +12,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ebb_types::{BranchId, LayerId, OperationId, ReleaseId};
+use ebb_compute::control::Durability;
+use ebb_types::{BranchId, LayerId, Lsn, OperationId, Point, ReleaseId};
 
 use super::compute::Fence;
 use super::{Caller, Project, Service};
 use crate::decide::{Ask, Command, Found, Fresh, decide};
 use crate::event::{Event, Plan, Step};
 use crate::machine::Phase;
+use crate::node::{Line, Sealed, Start};
 use crate::state::Operation;
 use crate::{Error, Refusal, Result};
 
@@ -73,7 +75,7 @@ impl Service {
     }
 
     async fn act_here(self: &Arc<Self>, project: &Arc<Project>, caller: &Caller, ask: Ask) -> Result<Acted> {
-        if let Some(replay) = self.replay(project, caller)? {
+        if let Some(replay) = self.replay_of(project, caller)? {
             return Ok(replay);
         }
         let _ops = match held_by(project, &ask)? {
@@ -114,7 +116,7 @@ impl Service {
     }
 
     /// The answer to a request that was carried out before.
-    fn replay(&self, project: &Project, caller: &Caller) -> Result<Option<Acted>> {
+    fn replay_of(&self, project: &Project, caller: &Caller) -> Result<Option<Acted>> {
         let state = project.ledger.state();
         let Some(key) = &caller.key else {
             return Ok(None);
@@ -139,6 +141,8 @@ impl Service {
             branch: BranchId::generate(),
             layer: LayerId::generate(),
             release: ReleaseId::generate(),
+            scratch: BranchId::generate(),
+            replayed: LayerId::generate(),
         }
     }
 
@@ -165,6 +169,7 @@ impl Service {
             tries += 1;
             match self.undo(project, op, error.chain()).await {
                 Ok(()) => {
+                    self.clean_up(&operation.plan).await;
                     count(&operation.plan, "undone");
                     return Err(error);
                 }
@@ -208,6 +213,18 @@ impl Service {
         project.ledger.append("ebb", Some(op), |state| Ok((decide(state, &command)?, ()))).await
     }
 
+    /// Removes what an operation that was given up, or is done, used besides the branches.
+    async fn clean_up(&self, plan: &Plan) {
+        let Some(replay) = plan.replay() else { return };
+        let removed = async {
+            self.node.discard(replay.scratch).await?;
+            self.node.remove_branch(replay.scratch).await
+        };
+        if let Err(error) = removed.await {
+            self.report("removing what a replay used", &error);
+        }
+    }
+
     /// The effect of one step. Done twice, it is as if done once.
     async fn perform(
         self: &Arc<Self>,
@@ -218,17 +235,19 @@ impl Service {
     ) -> Result<Found> {
         let mut found = Found::default();
         match (plan, step) {
+            (plan, Step::Replay) => found.end = self.replay(project, plan).await?,
+            (Plan::CreateBranch { replay: Some(_), .. }, Step::Record) => self.clean_up(plan).await,
             (Plan::CreateBranch { source: branch, seal, .. }, Step::Record) => {
-                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                found.take(self.seal_locked(project, *branch, *seal).await?);
             }
             (Plan::CreateCheckpoint { branch, seal, .. }, Step::Record) => {
-                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                found.take(self.seal_locked(project, *branch, *seal).await?);
                 found.lsn = self.end_of_wal(project, *branch, found.sealed).await?;
             }
             (Plan::Suspend { branch, seal }, Step::Record) => {
                 let (held, sealed) = self.stop_locked(project, *branch, *seal, FENCE_MAX, false).await?;
                 *fence = Some(held);
-                found.sealed = sealed;
+                found.take(sealed);
             }
             (Plan::DeleteBranch { branch }, Step::Switch) => {
                 *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
@@ -242,12 +261,13 @@ impl Service {
             (Plan::Rollback { branch, layer, seal, artifact, .. }, Step::Switch) => {
                 self.artifacts.ensure_local(artifact).await?;
                 crate::files::may_be_switched(&self.current_link(project)?)?;
-                found.sealed = self.set_aside(project, *branch, *layer, *seal, fence).await?;
+                found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);
             }
             (Plan::Restore { branch, layer, seal, .. }, Step::Switch) => {
-                found.sealed = self.set_aside(project, *branch, *layer, *seal, fence).await?;
+                found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);
             }
-            (Plan::Restore { branch, .. } | Plan::Rollback { branch, .. }, Step::Sweep) => {
+            (plan @ (Plan::Restore { branch, .. } | Plan::Rollback { branch, .. }), Step::Sweep) => {
+                self.clean_up(plan).await;
                 // Nobody attached a compute to the old volume: its line is stale since the switch.
                 self.discard_locked(project, *branch).await?;
                 self.node.remove_volume(*branch).await?;
@@ -256,7 +276,7 @@ impl Service {
             (Plan::Release { branch, seal, .. }, Step::Checkpoint) => {
                 self.wake_locked(project, *branch, &project.cell(*branch)).await?;
                 found = self.node.positions(*branch).await?;
-                found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                found.take(self.seal_locked(project, *branch, *seal).await?);
             }
             (Plan::Release { branch, artifact, name, .. }, Step::Migrate) => {
                 self.wake_locked(project, *branch, &project.cell(*branch)).await?;
@@ -270,15 +290,16 @@ impl Service {
             (Plan::Wake { branch }, Step::Start) => {
                 self.wake_locked(project, *branch, &project.cell(*branch)).await?;
             }
-            (Plan::Export { branch, layer, seal, dir, .. }, Step::Write) => {
-                let layer = match layer {
-                    Some(layer) => *layer,
+            (Plan::Export { branch, layer, seal, dir, replay, .. }, Step::Write) => {
+                let layer = match layer.or(replay.as_ref().map(|replay| replay.layer)) {
+                    Some(layer) => layer,
                     None => {
-                        found.sealed = self.seal_locked(project, *branch, *seal).await?;
+                        found.take(self.seal_locked(project, *branch, *seal).await?);
                         found.sealed.unwrap_or(project.line(*branch)?.head)
                     }
                 };
                 self.node.export(layer, dir).await?;
+                self.clean_up(plan).await;
             }
             (plan, step) => {
                 let what = format!("operation {:?} has no step {step:?}", plan.act());
@@ -286,6 +307,33 @@ impl Service {
             }
         }
         Ok(found)
+    }
+
+    /// Makes the image of a moment between seals.
+    async fn replay(&self, project: &Project, plan: &Plan) -> Result<Option<Lsn>> {
+        let replay = plan.replay().ok_or_else(|| Refusal::TooLate(format!("{:?} replays nothing", plan.act())))?;
+        let like = {
+            let state = project.ledger.state();
+            let facts = state.facts()?;
+            let data = Line { branch: replay.scratch, line: 0, head: replay.base };
+            // What a restore brings back is the branch itself; everything else is a copy beside it.
+            let fork = !matches!(plan, Plan::Restore { .. }) || state.branch_by_id(replay.branch)?.parent.is_some();
+            let durability = Durability::Local;
+            let verifier = facts.verifier.clone();
+            Start {
+                data,
+                pg_major: facts.pg_major,
+                head_end: replay.base_end,
+                earlier: Vec::new(),
+                fork,
+                durability,
+                verifier,
+            }
+        };
+        if project.line(replay.branch)?.line == replay.line && self.is_awake(project, replay.branch) {
+            self.node.ship(replay.branch).await?;
+        }
+        self.node.replay(replay, &like).await
     }
 
     /// Holds the clients, stops and seals the old head; what comes back is brought to this node first, so that the
@@ -297,7 +345,7 @@ impl Service {
         layer: LayerId,
         seal: LayerId,
         fence: &mut Option<Fence>,
-    ) -> Result<Option<LayerId>> {
+    ) -> Result<Option<Sealed>> {
         self.node.fetch(layer).await?;
         let (held, sealed) = self.stop_locked(project, branch, seal, FENCE_MAX, true).await?;
         *fence = Some(held);
@@ -350,6 +398,7 @@ impl Service {
             tracing::info!(%op, act, "an interrupted operation was finished");
         } else {
             self.undo(project, op, "it was interrupted before it took effect".to_owned()).await?;
+            self.clean_up(&operation.plan).await;
             count(&operation.plan, "undone");
             tracing::info!(%op, act, "an interrupted operation was undone");
         }
@@ -361,6 +410,8 @@ impl Service {
 fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
     let state = project.ledger.state();
     let name = match ask {
+        // See `Plan::holds`.
+        Ask::CreateBranch { point: Point::Lsn(_) | Point::Time(_), .. } => return Ok(None),
         Ask::CreateBranch { from, .. } => from.as_str(),
         Ask::DeleteBranch { branch }
         | Ask::CreateCheckpoint { branch, .. }

@@ -392,7 +392,7 @@ async fn an_idle_compute_is_suspended_and_a_pinned_one_says_who_keeps_it() {
         let (service, stop) = (service.clone(), stop.clone());
         async move { service.run(stop).await }
     });
-    let quick = api::ChangeBranch { idle_suspend_seconds: 0.1 };
+    let quick = api::ChangeBranch { idle_suspend_seconds: Some(0.1), ..Default::default() };
     service.change_branch(&caller(), "shop", "dev", quick).await.unwrap();
     rig.clients.pinned.store(true, Ordering::SeqCst);
     write(&rig, &service, "dev", "1").await;

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ebb_types::LayerId;
+use ebb_types::{BranchId, LayerId};
 
-use super::Service;
+use super::{Project, Service};
 use crate::Result;
 
 /// LIMIT: a bucket that is away is asked again soon at first, then once a minute.
@@ -57,6 +57,19 @@ impl Service {
             metrics::gauge!("ebb_timeline_uploads_pending").set(left as f64);
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Brings to the bucket what a line's archive begins at: with it and the WAL since, every commit can be replayed.
+    pub(super) async fn upload_base(&self, project: &Project, branch: BranchId) -> Result<()> {
+        let base = {
+            let state = project.ledger.state();
+            let known = state.branch_by_id(branch)?;
+            known.history.seals().iter().find(|seal| seal.line == known.line).map_or(known.head, |seal| seal.layer)
+        };
+        if self.uploaded.lock().contains(&base) {
+            return Ok(());
+        }
+        self.upload_chain(base).await
     }
 
     async fn upload_chain(&self, layer: LayerId) -> Result<()> {

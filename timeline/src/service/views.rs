@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ebb_types::{BranchId, BranchRef, EndpointName, OperationId, Timestamp};
+use ebb_types::{BranchId, BranchRef, EndpointName, OperationId, Point, Timestamp};
 
 use super::{Project, Service};
 use crate::api::types as api;
@@ -52,6 +52,9 @@ impl Service {
             state: project.cell(id).inner.lock().compute.as_str().to_owned(),
             created_at: branch.created_at,
             idle_suspend_seconds: self.idle_suspend(branch).as_secs_f64(),
+            window_seconds: branch.window().as_secs_f64(),
+            durability: branch.durability,
+            window_from: branch.window_start(self.clock.now()),
             rescue_until: branch.rescue_until,
             stored: None,
         })
@@ -175,7 +178,7 @@ impl Reader {
             Plan::Release { name, .. } => Some(name.clone()),
             Plan::Rollback { to, .. } => self.state.release_by_id(*to).map(|release| format!("to {}", release.name)),
             Plan::Export { branch, point, dir, .. } => {
-                let point = point.as_ref().map_or("head", |point| point.as_str());
+                let point = point.as_ref().unwrap_or(&Point::Head);
                 self.branch_name(*branch).map(|branch| format!("{branch}@{point} to {}", dir.display()))
             }
             Plan::ChangeBranch { branch }
@@ -193,7 +196,7 @@ fn result(events: &[Event]) -> String {
         match event {
             Event::OperationDone => return "done".to_owned(),
             Event::OperationUndone { why } => return format!("undone: {why}"),
-            Event::StepDone { step } => {
+            Event::StepDone { step, .. } => {
                 let name = serde_json::to_value(step).ok();
                 return name.as_ref().and_then(|name| name.as_str()).unwrap_or("step").to_owned();
             }

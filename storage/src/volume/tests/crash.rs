@@ -234,7 +234,9 @@ fn a_seal_is_finished_from_wherever_it_stopped() {
         assert_eq!(volume.base(), layer, "step {step}");
         assert_eq!(contents(&volume), expected, "step {step}");
         assert_eq!(State::read(&dirs.branch).unwrap(), State::new(layer, 2));
-        assert_eq!(volume.seal(layer).unwrap(), super::super::Sealed { layer, new: true });
+        assert!(
+            matches!(volume.seal(layer).unwrap(), super::super::Sealed { layer: made, new: true, .. } if made == layer)
+        );
         let image = node.volume(1, layer);
         assert_eq!(read_all(&image, ino)[..2 * BLOCK as usize], [[2; BLOCK as usize], [1; BLOCK as usize]].concat());
     }
@@ -323,7 +325,9 @@ fn a_seal_that_failed_half_way_is_finished_by_the_next_call() {
     volume.core.sync_file(ino).unwrap();
     assert!(volume.is_dirty());
     std::fs::remove_dir_all(blocker).unwrap();
-    assert_eq!(volume.seal(layer).unwrap(), super::super::Sealed { layer, new: true });
+    assert!(
+        matches!(volume.seal(layer).unwrap(), super::super::Sealed { layer: made, new: true, .. } if made == layer)
+    );
     assert_eq!(volume.base(), layer);
     assert_eq!(contents(&node.volume(1, layer)), expected);
     assert_eq!(read_all(&volume, ino)[..10], [3; 10]);

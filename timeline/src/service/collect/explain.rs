@@ -21,8 +21,12 @@ impl Service {
     /// Projects that exist are asked first, then those that are gone. A layer belongs to one project, so once all layers
     /// are explained nobody else is asked.
     pub(super) async fn explain(&self, objects: &[Object]) -> Result<HashMap<Object, Rule>> {
-        let secrets = objects.iter().filter(|object| matches!(object, Object::Secret(_)));
-        let mut rules: HashMap<Object, Rule> = secrets.map(|object| (object.clone(), Rule::NoProject)).collect();
+        let by_kind = objects.iter().filter_map(|object| match object {
+            Object::Secret(_) => Some((object.clone(), Rule::NoProject)),
+            Object::Wal(..) => Some((object.clone(), Rule::NoLine)),
+            _ => None,
+        });
+        let mut rules: HashMap<Object, Rule> = by_kind.collect();
         let wanted: HashSet<Object> = objects
             .iter()
             .filter(|object| match object {
@@ -117,7 +121,7 @@ pub(crate) fn let_go(
 fn note(rules: &mut HashMap<Object, Rule>, wanted: &HashSet<Object>, object: Object, rule: &Rule) {
     let time = |rule: &Rule| match rule {
         Rule::LetGo { time, .. } => Some(*time),
-        Rule::Orphan | Rule::NoProject => None,
+        Rule::Orphan | Rule::NoProject | Rule::NoLine => None,
     };
     if wanted.contains(&object) && rules.get(&object).is_none_or(|known| time(known) <= time(rule)) {
         rules.insert(object, rule.clone());

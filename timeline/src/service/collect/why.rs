@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ebb_types::{LayerId, ProjectId, Timestamp};
+use ebb_types::{BranchId, LayerId, ProjectId, Timestamp};
 
 use crate::api::types as api;
 use crate::collect::{COLLECT, CollectEvent, Object, Rule, Unkept};
@@ -50,7 +50,7 @@ impl Service {
         let rule = self.explain(std::slice::from_ref(&object)).await?.remove(&object);
         let verdict = match (bytes, &rule) {
             // Also what was named once and never came into the bucket, or was removed by somebody else.
-            (Some(_), Some(Rule::NoProject)) | (_, Some(Rule::LetGo { .. })) => api::Verdict::Unkept,
+            (Some(_), Some(Rule::NoProject | Rule::NoLine)) | (_, Some(Rule::LetGo { .. })) => api::Verdict::Unkept,
             (Some(_), _) => api::Verdict::Orphan,
             (None, _) => api::Verdict::Unknown,
         };
@@ -68,6 +68,7 @@ impl Service {
                 named.filter(|(named, _)| named == hash).map(|(_, keeper)| keeper.to_string()).collect()
             }
             Object::Secret(project) => self.standing(*project).await?.into_iter().collect(),
+            Object::Wal(branch, line) => self.keeper_of_wal(*branch, *line).await?.into_iter().collect(),
             Object::Ledger(project) => vec![match self.standing(*project).await? {
                 Some(owner) => format!("receipts of {owner}"),
                 None => "receipts of a project that is gone: they are never deleted".to_owned(),
@@ -87,6 +88,17 @@ impl Service {
             Standing::Live => format!("project {}", listed.name),
             Standing::Deleting | Standing::Gone => format!("project {}, which is being deleted", listed.name),
         }))
+    }
+
+    async fn keeper_of_wal(&self, branch: BranchId, line: u64) -> Result<Option<String>> {
+        for (_, state) in self.states().await? {
+            let oldest = reach::oldest_lines(&state).into_iter().find(|(known, _)| *known == branch);
+            if oldest.is_some_and(|(_, oldest)| line >= oldest) {
+                let (project, name) = (&state.facts()?.name, &state.branch_by_id(branch)?.name);
+                return Ok(Some(format!("the past of {project}/{name} that can be gone back to")));
+            }
+        }
+        Ok(None)
     }
 
     async fn keepers_of_layer(&self, layer: LayerId) -> Result<Vec<String>> {
