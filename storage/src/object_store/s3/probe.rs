@@ -8,7 +8,7 @@ use std::future::Future;
 
 use bytes::Bytes;
 use ebb_types::ErrorKind;
-use futures::future::{join_all, try_join_all};
+use futures::future::join_all;
 
 use super::fault::Kind;
 use super::open::PROBE;
@@ -35,7 +35,7 @@ pub(super) async fn run(store: &S3) -> Result<()> {
 
 async fn ask(store: &S3, keys: &[String]) -> Result<()> {
     twice(store, &keys[0]).await?;
-    try_join_all(keys[1..].iter().map(|key| race(store, key))).await.map(drop)
+    all(keys[1..].iter().map(|key| race(store, key))).await.map(drop)
 }
 
 async fn twice(store: &S3, key: &str) -> Result<()> {
@@ -55,7 +55,7 @@ async fn twice(store: &S3, key: &str) -> Result<()> {
 
 async fn race(store: &S3, key: &str) -> Result<()> {
     let bodies: Vec<_> = (0..WRITERS).map(|writer| format!("writer {writer}")).collect();
-    let puts = try_join_all(bodies.iter().map(|body| put(store, key, body))).await?;
+    let puts = all(bodies.iter().map(|body| put(store, key, body))).await?;
     let winners: Vec<_> = (bodies.iter().zip(puts)).filter(|(_, put)| *put == Put::Created).collect();
     let [(winner, _)] = winners[..] else {
         let why =
@@ -66,6 +66,11 @@ async fn race(store: &S3, key: &str) -> Result<()> {
         return Err(dishonest(store, "the winner of a race of puts with `If-None-Match: *` was replaced by a loser"));
     }
     Ok(())
+}
+
+/// Waits for every one, also after a failure: a put that is given up may still arrive, behind the removal of its key.
+async fn all<T>(asked: impl Iterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
+    join_all(asked).await.into_iter().collect()
 }
 
 /// An object that is not there must be told apart from one that we may not see.
