@@ -59,6 +59,8 @@ pub struct Start {
     pub head_end: Option<Lsn>,
     /// The line's seals before the head, newest first, each with such a position where it is known.
     pub earlier: Vec<(LayerId, Option<Lsn>)>,
+    /// Whether this process has begun the line: then no other node was ever awake on it.
+    pub begun_here: bool,
     /// Whether its head is another branch's image: this branch has sealed nothing yet.
     pub fork: bool,
     /// What its commits wait for.
@@ -374,7 +376,7 @@ impl LocalNode {
         if self.has_volume(data)? && !unfinished.exists() {
             return self.find_base(data.branch).await;
         }
-        let (openable, archived) = tokio::join!(self.make_openable(data.head), self.archived(data));
+        let (openable, archived) = tokio::join!(self.make_openable(data.head), self.archived(start));
         let (head, tail) = match openable {
             Err(Error::Storage(ebb_storage::Error::NoSuchLayer(lost))) => {
                 self.without_head(start, lost, archived?).await?

@@ -203,20 +203,22 @@ mod tests {
     fn one_branch_is_shown_with_all_there_is() {
         let rescue = branch("rescue-1", serde_json::json!({"rescue_until": "2026-12-21T06:00:00Z"}));
         insta::assert_snapshot!(branch_facts(rescue), @r"
-        branch          rescue-1
-        id              br_00000000000000000000000000000001
-        endpoint        rescue-1--shop
-        state           suspended
-        head            ly_00000000000000000000000000000002
-        created         2026-11-21 06:00:00Z
-        suspends after  300s
-        kept until      2026-12-21 06:00:00Z
+        branch            rescue-1
+        id                br_00000000000000000000000000000001
+        endpoint          rescue-1--shop
+        state             suspended
+        head              ly_00000000000000000000000000000002
+        created           2026-11-21 06:00:00Z
+        suspends after    300s
+        commits wait for  the node's disk
+        can go back to    2026-11-21 06:00:00Z
+        kept until        2026-12-21 06:00:00Z
         ");
         let stored = serde_json::json!({"stored": {
             "own_bytes": 2048, "shared_bytes": 5 << 20, "unsealed_bytes": 8192, "waiting_layers": 2,
         }});
         let shown = branch_facts(branch("prod", stored));
         let last = shown.lines().last().unwrap();
-        insta::assert_snapshot!(last, @"stored          2.0 KiB own, 5.0 MiB shared, 8.0 KiB not sealed yet, 2 layers not in the bucket yet");
+        insta::assert_snapshot!(last, @"stored            2.0 KiB own, 5.0 MiB shared, 8.0 KiB not sealed yet, 2 layers not in the bucket yet");
     }
 }

@@ -16,7 +16,7 @@ use ebb_storage::pg_files::WalSegment;
 use ebb_storage::volume::Volume;
 use ebb_types::{BranchId, LayerId, Lsn, Timestamp};
 
-use super::{Line, LocalNode, Node as _, Start, blocking};
+use super::{LocalNode, Node as _, Start, blocking};
 use crate::error::LocalContext as _;
 use crate::event::{Moment, Replay};
 use crate::{Error, Result, files};
@@ -80,12 +80,12 @@ impl LocalNode {
         Ok(sealed.end)
     }
 
-    /// The archive of a line, and the newest WAL in it.
-    pub(super) async fn archived(&self, data: &Line) -> Result<Option<(Archive, Range)>> {
-        if self.policy.bucket.is_none() {
+    /// The archive of a line, and the newest WAL in it, unless another node cannot have put any there.
+    pub(super) async fn archived(&self, start: &Start) -> Result<Option<(Archive, Range)>> {
+        if self.policy.bucket.is_none() || start.begun_here {
             return Ok(None);
         }
-        let archive = Archive::new(self.bucket.clone(), data.branch, data.line);
+        let archive = Archive::new(self.bucket.clone(), start.data.branch, start.data.line);
         Ok(archive.ranges().await?.pop().map(|last| (archive, last)))
     }
 

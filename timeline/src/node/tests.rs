@@ -33,7 +33,16 @@ impl Machine {
 /// A start of a branch with this data.
 fn start_of(data: &Line) -> Start {
     let (durability, verifier) = (Durability::Local, String::new());
-    Start { data: data.clone(), pg_major: 15, head_end: None, earlier: Vec::new(), fork: false, durability, verifier }
+    Start {
+        data: data.clone(),
+        pg_major: 15,
+        head_end: None,
+        earlier: Vec::new(),
+        begun_here: false,
+        fork: false,
+        durability,
+        verifier,
+    }
 }
 
 #[tokio::test]

@@ -197,6 +197,10 @@ impl Service {
             let known = state.branch_by_id(branch)?;
             Start {
                 head_end: known.history.seal_of(data.head).and_then(|seal| seal.end),
+                begun_here: {
+                    let first = known.history.seals().iter().find(|seal| seal.line == data.line);
+                    first.is_some_and(|first| first.at >= self.opened_at)
+                },
                 earlier: known.history.before(data.head, data.line),
                 data,
                 pg_major: facts.pg_major,

@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use ebb_compute::postgres::{DATABASE, OWNER};
 use ebb_storage::object_store::Bucket;
-use ebb_types::{BranchId, Clock, EndpointName, LayerId, OperationId, ProjectId, ProjectName, SystemClock};
+use ebb_types::{BranchId, Clock, EndpointName, LayerId, OperationId, ProjectId, ProjectName, SystemClock, Timestamp};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -137,6 +137,8 @@ pub struct Service {
     moving: Mutex<HashSet<ProjectId>>,
     secrets: SecretStore,
     artifacts: Artifacts,
+    /// What was recorded since then, this process has recorded.
+    opened_at: Timestamp,
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
@@ -201,6 +203,7 @@ impl Service {
         let artifacts = Artifacts::new(&config.data_dir, bucket.clone());
         artifacts.sweep()?;
         let catalog = Ledger::open(bucket.clone(), CATALOG, clock.clone()).await?;
+        let opened_at = clock.now();
         let service = Arc::new(Self {
             config,
             bucket,
@@ -212,6 +215,7 @@ impl Service {
             moving: Mutex::default(),
             secrets,
             artifacts,
+            opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
             changed: Notify::new(),

@@ -325,6 +325,7 @@ impl Service {
                 pg_major: facts.pg_major,
                 head_end: replay.base_end,
                 earlier: Vec::new(),
+                begun_here: true,
                 fork,
                 durability,
                 verifier,
