@@ -424,9 +424,7 @@ fn closing_does_not_wait_for_compaction() {
     volume.booted();
     let upper = volume.core.uppers().0;
     wait_for("copies", || upper.is_dirty());
-    let begun = Instant::now();
     drop(compactor);
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     let data = node.dirs(0).branch.join(format!("uppers/{}/data/{ino}", upper.number));
     let copied = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(data).unwrap()) * 512;
     assert!(copied < 64 << 20, "{copied} bytes were copied before it was closed");
