@@ -94,7 +94,10 @@ impl Rival {
             }
             Way::Xfs => self.copy_as_backup(&home).await?,
         }
-        fs::remove_file(home.join("data/postmaster.pid"))?;
+        // The copy says that the source's server runs here.
+        for file in ["data/postmaster.pid", ".s.PGSQL.5432.lock"] {
+            fs::remove_file(home.join(file)).with_context(|| format!("the copy has no {file}"))?;
+        }
         let mut copy = Native::at(common, self.settings.clone(), &home);
         copy.spawn()?;
         first_row(&conninfo(&home)).await?;
