@@ -19,6 +19,7 @@ use ebb_storage::archive::Archive;
 use ebb_storage::layer::Manifest;
 use ebb_storage::node::NodeStore;
 use ebb_storage::object_store::{Bucket, BucketAt, Put};
+pub use ebb_storage::volume::Sealed;
 use ebb_storage::volume::{Volume, VolumeDirs};
 use ebb_types::{BranchId, LayerId, Lsn};
 use parking_lot::Mutex;
@@ -67,15 +68,6 @@ pub struct Start {
     pub durability: Durability,
     /// The owner's first verifier, for a cluster in which that role has none.
     pub verifier: String,
-}
-
-/// What a seal made, or found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sealed {
-    /// The layer.
-    pub layer: LayerId,
-    /// A position that all its WAL lies before, where known.
-    pub end: Option<Lsn>,
 }
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
@@ -371,7 +363,7 @@ impl LocalNode {
     ///
     /// A line whose archive goes on behind its head was awake on a node that is gone: its last commits are replayed.
     async fn ensure_volume(&self, start: &Start) -> Result<()> {
-        let (data, fork) = (&start.data, start.fork);
+        let data = &start.data;
         let unfinished = self.branch_dir(data.branch).join(UNFINISHED);
         if self.has_volume(data)? && !unfinished.exists() {
             return self.find_base(data.branch).await;
@@ -389,18 +381,23 @@ impl LocalNode {
         let dir = self.branch_dir(data.branch);
         fs::create_dir_all(&dir).on("create", &dir)?;
         self.clear(data.branch).await?;
-        files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
-        let dirs = self.dirs(data.branch);
-        let make = if fork { Volume::create_fork } else { Volume::create };
         let Some(tail) = tail else {
             files::remove_file(&unfinished)?;
-            return blocking("making a volume", move || Ok(make(&dirs, head)?)).await;
+            return self.make_volume(data, head, start.fork).await;
         };
         // CRASH: a volume with this beside it is made anew.
         files::replace(&unfinished, b"")?;
-        blocking("making a volume", move || Ok(make(&dirs, head)?)).await?;
+        self.make_volume(data, head, start.fork).await?;
         self.prepare_replay(data.branch, &tail).await?;
         files::remove_file(&unfinished)
+    }
+
+    /// Makes a volume of this line on a layer, in the branch's directory, which has none.
+    async fn make_volume(&self, data: &Line, base: LayerId, fork: bool) -> Result<()> {
+        files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
+        let dirs = self.dirs(data.branch);
+        let make = if fork { Volume::create_fork } else { Volume::create };
+        blocking("making a volume", move || Ok(make(&dirs, base)?)).await
     }
 
     /// Brings what is needed to start from a layer, its roles among it; pages come when they are read.
@@ -519,15 +516,17 @@ impl Node for LocalNode {
         let installation = self.installation(start.pg_major)?;
         self.ensure_volume(start).await?;
         let mut spec = self.spec(start, installation);
-        let replay = self.replay_dir(branch);
-        if replay.exists() {
-            spec.recovery = Some(replay::recovery(&replay, None)?);
+        let replay = Some(self.replay_dir(branch)).filter(|dir| dir.exists());
+        if let Some(dir) = &replay {
+            spec.recovery = Some(replay::recovery(dir, None)?);
         }
         // Someone may be finishing what the last unit had begun to seal when it was lost.
         let _turn = self.turn(branch).await;
         let unit = Unit::start(&self.exe, &spec).await?;
-        // Postgres has recovered, and never asks for it again.
-        files::remove_dir(&replay)?;
+        if let Some(dir) = replay {
+            // Postgres has recovered, and never asks for it again.
+            files::remove_dir(&dir)?;
+        }
         let socket = unit.socket();
         self.units.lock().insert(branch, unit);
         Ok(socket)
@@ -538,7 +537,7 @@ impl Node for LocalNode {
             match unit.seal(id).await {
                 Ok(sealed) => {
                     self.note_sealed(sealed.layer, data.branch);
-                    return Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }));
+                    return Ok(Some(sealed));
                 }
                 Err(error) => self.unless_gone(data.branch, error).await?,
             }
@@ -549,12 +548,11 @@ impl Node for LocalNode {
         }
         // A compute that was lost leaves a volume with more than its last seal: crash-consistent, so a layer as it is.
         let (dirs, turn) = (self.dirs(data.branch), self.turn(data.branch).await);
-        let seal = move || {
+        blocking("sealing a volume", move || {
             let _turn = turn;
-            let sealed = Volume::open(&dirs)?.seal(id)?;
-            Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }))
-        };
-        blocking("sealing a volume", seal).await
+            Ok(Some(Volume::open(&dirs)?.seal(id)?))
+        })
+        .await
     }
 
     async fn stop(&self, data: &Line, id: LayerId) -> Result<Option<Sealed>> {
@@ -564,7 +562,7 @@ impl Node for LocalNode {
         match unit.stop(id).await {
             Ok(sealed) => {
                 self.units.lock().remove(&data.branch);
-                Ok(Some(Sealed { layer: sealed.layer, end: sealed.end }))
+                Ok(Some(sealed))
             }
             Err(error) => {
                 self.unless_gone(data.branch, error).await?;

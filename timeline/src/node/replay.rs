@@ -19,7 +19,7 @@ use ebb_types::{BranchId, LayerId, Lsn, Timestamp};
 use super::{LocalNode, Node as _, Start, blocking};
 use crate::error::LocalContext as _;
 use crate::event::{Moment, Replay};
-use crate::{Error, Result, files};
+use crate::{Error, Result};
 
 /// Where the archive's WAL is put, in the volume's directory of WAL.
 const WAL_DIR: &str = "replay";
@@ -54,15 +54,9 @@ impl LocalNode {
         self.discard(replay.scratch).await?;
         self.remove_branch(replay.scratch).await?;
         self.make_openable(replay.base).await?;
-        let (dirs, fork, base) = (self.dirs(replay.scratch), like.fork, replay.base);
-        let line = self.line_file(replay.scratch);
-        blocking("making a volume to recover on", move || {
-            fs::create_dir_all(&dirs.branch).on("create", &dirs.branch)?;
-            files::replace(&line, b"0")?;
-            let make = if fork { Volume::create_fork } else { Volume::create };
-            Ok(make(&dirs, base)?)
-        })
-        .await?;
+        let dir = self.branch_dir(replay.scratch);
+        fs::create_dir_all(&dir).on("create", &dir)?;
+        self.make_volume(&like.data, replay.base, like.fork).await?;
         let archive = Archive::new(self.bucket.clone(), replay.branch, replay.line);
         let from = self.end_of(replay.base, replay.base_end).await?;
         let to = end_in(&archive, replay, from).await?;

@@ -467,19 +467,29 @@ impl Service {
         metrics::counter!("ebb_timeline_suspends_total", "result" => result).increment(1);
         let (_fence, sealed) = stopped?;
         tracing::info!(%branch, "compute suspended");
-        if let Some(sealed) = sealed {
-            // The compute is stopped whether or not the bucket can be reached now: the record is made up for later.
-            project.cell(branch).inner.lock().unrecorded = Some((line, sealed));
-            self.record_seal(project, branch).await?;
-        } else {
+        self.note_seal(project, branch, line, sealed).await
+    }
+
+    /// Records what a seal without an operation came to, with the branch's lock held. It has happened whether or not the
+    /// bucket can be reached now: a record that cannot be made is made up for later.
+    pub(super) async fn note_seal(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        line: u64,
+        sealed: Option<Sealed>,
+    ) -> Result<()> {
+        let Some(sealed) = sealed else {
             self.settle(project, branch);
-        }
-        Ok(())
+            return Ok(());
+        };
+        project.cell(branch).inner.lock().unrecorded = Some((line, sealed));
+        self.record_seal(project, branch).await
     }
 
     /// Records a seal that is not recorded yet, with the branch's lock held.
     pub(super) async fn record_seal(&self, project: &Project, branch: BranchId) -> Result<()> {
-        let Some((line, Sealed { layer, end })) = project.cell(branch).inner.lock().unrecorded else {
+        let Some((line, Sealed { layer, end, .. })) = project.cell(branch).inner.lock().unrecorded else {
             return Ok(());
         };
         let command = Command::Sealed { branch, line, layer, end };

@@ -117,7 +117,8 @@ impl FakeNode {
 impl World {
     fn seal(&mut self, data: &Line, id: LayerId) -> Option<Sealed> {
         let volume = self.volumes.get_mut(&data.branch).filter(|volume| volume.line == data.line)?;
-        if volume.dirty {
+        let new = volume.dirty;
+        if new {
             let mut chain = self.layers[&volume.base].0.clone();
             assert!(!self.layers.contains_key(&id), "a layer was sealed twice with other content");
             // As real ones do, chains lose layers of which no page is left.
@@ -129,7 +130,7 @@ impl World {
             volume.base = id;
             volume.dirty = false;
         }
-        Some(Sealed { layer: volume.base, end: Some(Lsn(volume.rows.len() as u64 * 100)) })
+        Some(Sealed { layer: volume.base, new, end: Some(Lsn(volume.rows.len() as u64 * 100)) })
     }
 }
 

@@ -100,11 +100,9 @@ impl Service {
         // Somebody works on the branch: there is a next time.
         let Ok(_ops) = cell.ops.clone().try_lock_owned() else { return Ok(()) };
         let line = project.line(branch)?.line;
-        if let Some(sealed) = self.seal_locked(project, branch, LayerId::generate()).await? {
-            cell.inner.lock().unrecorded = Some((line, sealed));
-            self.record_seal(project, branch).await?;
-            metrics::counter!("ebb_timeline_cuts_total").increment(1);
-        }
+        let sealed = self.seal_locked(project, branch, LayerId::generate()).await?;
+        self.note_seal(project, branch, line, sealed).await?;
+        metrics::counter!("ebb_timeline_cuts_total").increment(1);
         Ok(())
     }
 }

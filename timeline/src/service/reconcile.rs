@@ -188,16 +188,8 @@ impl Service {
         }
         self.check_disk()?;
         let line = project.line(branch)?.line;
-        match self.seal_locked(project, branch, LayerId::generate()).await? {
-            Some(sealed) => {
-                cell.inner.lock().unrecorded = Some((line, sealed));
-                self.record_seal(project, branch).await
-            }
-            None => {
-                self.settle(project, branch);
-                Ok(())
-            }
-        }
+        let sealed = self.seal_locked(project, branch, LayerId::generate()).await?;
+        self.note_seal(project, branch, line, sealed).await
     }
 }
 
