@@ -1,16 +1,18 @@
 //! Ebb's speed claims, each measured against its peer in the same run and printed as a ratio.
 //!
 //! ```sh
-//! scripts/setup bench                             # pgbouncer, beside what `make test` needs
+//! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, commit, backup
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
 //! medians is the result. Every bench says which question it answers and what was expected beforehand.
 
+mod backup;
 mod branch;
 mod cold;
+mod commit;
 mod depth;
 mod many;
 mod native;
@@ -77,6 +79,10 @@ enum Bench {
     Volume,
     /// pgbench through the proxy against PgBouncer.
     Proxy,
+    /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
+    Commit,
+    /// Restores, and what thirty days weigh, against pgBackRest.
+    Backup,
     /// All of them.
     All,
 }
@@ -107,6 +113,12 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Proxy) {
         proxy::run(&cli.common)?;
+    }
+    if is(Bench::Commit) {
+        commit::run(&cli.common)?;
+    }
+    if is(Bench::Backup) {
+        backup::run(&cli.common)?;
     }
     Ok(())
 }

@@ -54,7 +54,8 @@ impl Native {
         &self.dir
     }
 
-    fn data(&self) -> PathBuf {
+    /// Its data directory.
+    pub fn data(&self) -> PathBuf {
         self.dir.join("data")
     }
 

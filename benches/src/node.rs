@@ -84,6 +84,11 @@ impl Node {
         Ok(body)
     }
 
+    /// PATCH, as JSON.
+    pub fn patch(&self, path: &str, body: &Value) -> Result<Value> {
+        Ok(ureq::patch(format!("{}{path}", self.api)).send_json(body)?.into_body().read_json()?)
+    }
+
     /// Suspends a branch.
     pub fn suspend(&self, branch: &str) -> Result<()> {
         self.post(&format!("/v1/projects/bench/branches/{branch}/compute/suspend"), &json!({})).map(drop)
@@ -140,12 +145,15 @@ pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// Waits until something holds, for at most a minute.
+/// LIMIT: the longest wait is for ten gigabytes to be packed and uploaded.
+const WAIT_MAX: Duration = Duration::from_secs(15 * 60);
+
+/// Waits until something holds, for at most [`WAIT_MAX`].
 pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + WAIT_MAX;
     while !holds() {
         if Instant::now() > deadline {
-            bail!("{what} did not come up within a minute");
+            bail!("{what} did not come up within {WAIT_MAX:?}");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
