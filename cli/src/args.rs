@@ -68,8 +68,11 @@ pub enum Command {
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<std::ffi::OsString>,
     },
-    /// Look at, suspend and wake the Postgres of a branch
+    /// Look at, suspend and wake the Postgres of a branch; move those of a project to another node
     Compute(ComputeCommand),
+    /// Look at the nodes that share the bucket
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Deploy code and migrations together
     #[command(subcommand)]
     Release(ReleaseCommand),
@@ -218,6 +221,15 @@ pub struct ServeArgs {
     /// Endpoints answer to branch--project.DOMAIN where a client sends a host name by TLS [default: localhost]
     #[arg(long, value_name = "DOMAIN")]
     pub domain: Option<String>,
+    /// What people call this node [default: the host name]
+    #[arg(long, value_name = "NAME", env = "EBB_NODE_NAME", hide_env_values = true)]
+    pub node_name: Option<String>,
+    /// Where other nodes on the same bucket reach this one, by mutual TLS [default: a free port of loopback]
+    #[arg(long, value_name = "ADDR")]
+    pub node_listen: Option<String>,
+    /// How long after its last sign of life other nodes may take over what this one owns [default: 10s]
+    #[arg(long, value_name = "TIME", env = "EBB_NODE_TTL", hide_env_values = true)]
+    pub node_ttl: Option<String>,
     /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
     #[arg(long, value_name = "TIME")]
     pub idle_suspend: Option<String>,
@@ -392,7 +404,15 @@ pub struct ComputeCommand {
     pub act: Option<ComputeAct>,
 }
 
-/// `ebb compute suspend|wake|status`
+/// `ebb node …`
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List the nodes on the bucket that are alive, and what they own; the one that answers comes first
+    #[command(after_help = "Example:\n  ebb node list")]
+    List,
+}
+
+/// `ebb compute suspend|wake|move|status`
 #[derive(Debug, Subcommand)]
 pub enum ComputeAct {
     /// Stop the Postgres of a branch; its clients stay connected
@@ -406,6 +426,15 @@ pub enum ComputeAct {
     Wake {
         /// PROJECT/BRANCH
         branch: BranchRef,
+    },
+    /// Hand a project, with all its computes, over to another node; its clients stay connected
+    #[command(after_help = "Example:\n  ebb compute move shop --to node-b")]
+    Move {
+        /// The project
+        project: ProjectName,
+        /// The node's name or identifier: see `ebb node list`
+        #[arg(long, value_name = "NODE")]
+        to: String,
     },
     /// Show whether a branch is awake, who is connected, and what keeps it awake
     #[command(after_help = "Example:\n  ebb compute status shop/prod")]

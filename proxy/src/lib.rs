@@ -47,6 +47,7 @@ mod stream;
 mod tls;
 mod wire;
 
+pub use backend::connect as connect_socket;
 pub use endpoints::{
     Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
     Unreplayable,

@@ -81,7 +81,8 @@ impl Node {
             log: dir.path().join("serve.log"),
             bucket: None,
             args: Vec::new(),
-            envs: Vec::new(),
+            // A node that a test loses is taken over soon.
+            envs: vec![("EBB_NODE_TTL".to_owned(), "2s".to_owned())],
             server: None,
             proxy_port: free_port(),
             api_port: free_port(),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use ebb_types::{ProjectId, ProjectName, Timestamp, nearest};
+use ebb_types::{NodeId, ProjectId, ProjectName, Timestamp, nearest};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Refusal;
@@ -34,6 +34,9 @@ pub enum CatalogEvent {
         /// The caller's idempotency key.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         key: Option<Key>,
+        /// The node that makes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        node: Option<NodeId>,
     },
     /// The project exists.
     Opened {
@@ -44,6 +47,9 @@ pub enum CatalogEvent {
     Deleting {
         /// Which.
         project: ProjectId,
+        /// The node that deletes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        node: Option<NodeId>,
     },
     /// It is gone, or was never finished; the name is free.
     Forgotten {
@@ -70,6 +76,8 @@ pub struct Listed {
     pub standing: Standing,
     /// When its name was taken.
     pub reserved_at: Timestamp,
+    /// The node that makes or deletes it, as long as that is not done.
+    pub node: Option<NodeId>,
 }
 
 impl Catalog {
@@ -85,7 +93,7 @@ impl Catalog {
         })
     }
 
-    /// Takes a name for a new project, or finds the one that the same key made.
+    /// Takes a name for a new project of this node, or finds the one that the same key made.
     ///
     /// # Errors
     /// If the name is taken, or the key was used for another request.
@@ -94,6 +102,7 @@ impl Catalog {
         project: ProjectId,
         name: &ProjectName,
         key: Option<&Key>,
+        node: NodeId,
     ) -> Result<(Vec<CatalogEvent>, ProjectId), Refusal> {
         if let Some(key) = key
             && let Some((used, made)) = self.keys.iter().find(|(used, _)| used.key == key.key)
@@ -106,7 +115,7 @@ impl Catalog {
         if self.projects.values().any(|listed| listed.name == *name) {
             return Err(Refusal::Taken { kind: "project", name: name.to_string() });
         }
-        Ok((vec![CatalogEvent::Reserved { project, name: name.clone(), key: key.cloned() }], project))
+        Ok((vec![CatalogEvent::Reserved { project, name: name.clone(), key: key.cloned(), node: Some(node) }], project))
     }
 
     fn advance(&mut self, project: ProjectId, event: StandingEvent) -> Result<(), String> {
@@ -126,12 +135,13 @@ impl Fold for Catalog {
     fn apply(&mut self, entry: &Entry<CatalogEvent>) -> Result<(), String> {
         for event in &entry.events {
             match event {
-                CatalogEvent::Reserved { project, name, key } => {
+                CatalogEvent::Reserved { project, name, key, node } => {
                     let taken = self.projects.iter().any(|(id, listed)| id == project || listed.name == *name);
                     if taken {
                         return Err(format!("project {name:?} exists already"));
                     }
-                    let listed = Listed { name: name.clone(), standing: Standing::Reserved, reserved_at: entry.time };
+                    let (name, standing) = (name.clone(), Standing::Reserved);
+                    let listed = Listed { name, standing, reserved_at: entry.time, node: *node };
                     self.projects.insert(*project, listed);
                     if let Some(key) = key {
                         if self.keys.len() >= KEYS_MAX {
@@ -141,7 +151,12 @@ impl Fold for Catalog {
                     }
                 }
                 CatalogEvent::Opened { project } => self.advance(*project, StandingEvent::Open)?,
-                CatalogEvent::Deleting { project } => self.advance(*project, StandingEvent::Delete)?,
+                CatalogEvent::Deleting { project, node } => {
+                    self.advance(*project, StandingEvent::Delete)?;
+                    if let Some(listed) = self.projects.get_mut(project) {
+                        listed.node = *node;
+                    }
+                }
                 CatalogEvent::Forgotten { project } => self.advance(*project, StandingEvent::Forget)?,
             }
         }

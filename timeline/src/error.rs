@@ -82,6 +82,22 @@ pub enum Refusal {
         /// By which operation.
         operation: OperationId,
     },
+    /// Another node is the project's owner.
+    #[error("project {project:?} is in the hands of node {node:?}")]
+    Elsewhere {
+        /// The project.
+        project: ProjectName,
+        /// The node, as people call it.
+        node: String,
+    },
+    /// No node of that name is alive.
+    #[error("there is no node {name:?}, or it is not alive")]
+    NoNode {
+        /// The name as asked for.
+        name: String,
+        /// Names like it.
+        near: Vec<String>,
+    },
     /// A moment that the branch cannot be taken to.
     #[error("{point} is outside of what branch {branch:?} can be taken back to: {why}")]
     OutsideWindow {
@@ -143,7 +159,9 @@ impl Refusal {
             | Refusal::NoBranch { .. }
             | Refusal::Gone(_)
             | Refusal::NoCheckpoint { .. }
-            | Refusal::NoRelease { .. } => ErrorKind::NotFound,
+            | Refusal::NoRelease { .. }
+            | Refusal::NoNode { .. } => ErrorKind::NotFound,
+            Refusal::Elsewhere { .. } => ErrorKind::Fenced,
             Refusal::Taken { .. }
             | Refusal::KeyReused(_)
             | Refusal::StillRunning { .. }
@@ -162,6 +180,9 @@ impl Hint for Refusal {
         match self {
             Refusal::NoProject { near, .. } | Refusal::NoBranch { near, .. } => did_you_mean(near),
             Refusal::NoCheckpoint { near, .. } | Refusal::NoRelease { near, .. } => did_you_mean(near),
+            Refusal::NoNode { near, .. } if near.is_empty() => Some("`ebb node list` shows who is there.".to_owned()),
+            Refusal::NoNode { near, .. } => did_you_mean(near),
+            Refusal::Elsewhere { .. } => Some("Ask there, or try again when it has been handed over.".to_owned()),
             Refusal::Taken { kind, .. } => Some(format!("Choose another name, or use the {kind} that exists.")),
             Refusal::KeyReused(_) => Some("Send a fresh idempotency key with each new request.".to_owned()),
             Refusal::Busy { .. } | Refusal::StillRunning { .. } => {
@@ -267,6 +288,9 @@ pub enum Error {
         /// What failed.
         source: Box<Error>,
     },
+    /// This node cannot renew its record: others may have taken over what it owned.
+    #[error("this node cannot reach the bucket, and another node may have taken over")]
+    Isolated,
     /// The service is stopping.
     #[error("the service is stopping")]
     Stopping,
@@ -283,7 +307,7 @@ impl Error {
             Error::Ledger { .. } => ErrorKind::Corrupt,
             Error::Migration { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
-            Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping | Error::Postgres(_) => {
+            Error::DiskFull { .. } | Error::Deadline(_) | Error::Isolated | Error::Stopping | Error::Postgres(_) => {
                 ErrorKind::Unavailable
             }
             Error::Local { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Unavailable,
@@ -298,12 +322,22 @@ impl Error {
         }
     }
 
+    /// Whether another node is the owner of what was asked for, or has just become it: whoever looks again finds it.
+    pub fn is_elsewhere(&self) -> bool {
+        match self {
+            Error::Refused(Refusal::Elsewhere { .. }) => true,
+            Error::Shared(error) => error.is_elsewhere(),
+            _ => false,
+        }
+    }
+
     /// What a Postgres client is sent as code.
     pub fn sql_state(&self) -> SqlState {
         match self {
             Error::Shared(error) => return error.sql_state(),
             Error::DiskFull { .. } => return SqlState::DISK_FULL,
             Error::Refused(Refusal::Busy { .. }) => return SqlState::OBJECT_IN_USE,
+            Error::Refused(Refusal::Elsewhere { .. }) => return SqlState::CANNOT_CONNECT_NOW,
             Error::Stopping => return SqlState::ADMIN_SHUTDOWN,
             _ => {}
         }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use ebb_compute::control::Durability;
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, LayerId, Lsn, Point, ProjectId, ProjectName, ReleaseId, Timestamp,
+    BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, Point, ProjectId, ProjectName, ReleaseId, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,13 @@ pub enum Event {
     },
     /// Nothing follows.
     ProjectDeleted,
+    /// From here on another node acts for the project: this is its only writer, until the next such entry.
+    OwnerChanged {
+        /// Which.
+        node: NodeId,
+        /// One more than the last owner's; the first has 1.
+        epoch: u64,
+    },
     /// A branch exists.
     BranchCreated {
         /// Its identifier.
@@ -387,6 +394,11 @@ pub enum Plan {
         /// Where to.
         dir: PathBuf,
     },
+    /// Hand the project over to another node.
+    MoveProject {
+        /// To which.
+        to: NodeId,
+    },
     /// Show a connection URL with its password.
     ShowUrl {
         /// Of which branch.
@@ -452,6 +464,7 @@ impl Plan {
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
             | Plan::DeleteCheckpoint { .. }
+            | Plan::MoveProject { .. }
             | Plan::ShowUrl { .. } => &[],
         }
     }
@@ -474,6 +487,7 @@ impl Plan {
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
             | Plan::DeleteCheckpoint { .. }
+            | Plan::MoveProject { .. }
             | Plan::ShowUrl { .. } => None,
         }
     }
@@ -494,6 +508,7 @@ impl Plan {
             | Plan::DeleteBranch { .. }
             | Plan::DeleteCheckpoint { .. }
             | Plan::Wake { .. }
+            | Plan::MoveProject { .. }
             | Plan::ShowUrl { .. } => None,
         }
     }
@@ -524,6 +539,7 @@ impl Plan {
             Plan::Suspend { .. } => "suspend",
             Plan::Wake { .. } => "wake",
             Plan::Export { .. } => "export",
+            Plan::MoveProject { .. } => "move project",
             Plan::ShowUrl { .. } => "show url",
         }
     }

@@ -607,15 +607,17 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Every volume says for which line of its branch it was made.
+/// Every volume says for which line of its branch it was made, and in which epoch.
 fn lines<'a>(data: &Path, volumes: impl Iterator<Item = &'a BranchId>, findings: &mut Vec<Finding>) -> Result<()> {
-    let advice = "Write the number of times the branch was restored or rolled back into it: `ebb ledger list` tells.";
+    let advice = "Write into it the number of times the branch was restored or rolled back, a space, and the number of \
+                  times the project got an owner: `ebb ledger list` tells.";
     for branch in volumes {
         let path = data.join("branches").join(branch.to_string()).join("line");
         match fs::read_to_string(&path) {
-            Ok(text) if text.trim().parse::<u64>().is_ok() => {}
+            Ok(text)
+                if text.split_whitespace().all(|number| number.parse::<u64>().is_ok()) && !text.trim().is_empty() => {}
             Ok(_) => {
-                let what = "it does not hold a number";
+                let what = "it does not hold numbers";
                 findings.push(Finding::new(Kind::Corrupt, path.display().to_string(), what, advice));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

@@ -15,6 +15,7 @@ pub mod ledger;
 pub mod machine;
 mod migrate;
 pub mod node;
+pub mod nodes;
 pub mod reach;
 mod secrets;
 pub mod service;
@@ -24,4 +25,6 @@ mod test_postgres;
 
 pub use error::{Error, Refusal, Result};
 pub use node::LayerPolicy;
-pub use service::{Answer, AwakeUnit, Caller, CollectPolicy, FoundEndpoint, MIN_FREE_BYTES, Service, ServiceConfig};
+pub use service::{
+    Answer, AwakeUnit, Caller, CollectPolicy, FoundEndpoint, MIN_FREE_BYTES, Place, Service, ServiceConfig,
+};

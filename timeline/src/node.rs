@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use ebb_compute::control::{Durability, Status};
 use ebb_compute::manager::{ArchiveSpec, Unit, UnitSpec};
 use ebb_compute::postgres::{self, Installation, OWNER};
-use ebb_storage::archive::Archive;
+use ebb_storage::archive::{Archive, Owner};
 use ebb_storage::layer::Manifest;
 use ebb_storage::node::NodeStore;
 use ebb_storage::object_store::{Bucket, BucketAt, Put};
@@ -47,6 +47,8 @@ pub struct Line {
     pub line: u64,
     /// The newest recorded seal on it.
     pub head: LayerId,
+    /// The owner's epoch; a volume of another epoch is stale, too: another node may have been awake since.
+    pub epoch: u64,
 }
 
 /// What a compute is started with.
@@ -97,6 +99,9 @@ pub trait Node: Debug + Send + Sync + 'static {
 
     /// Changes what commits of the running compute wait for. When this returns, those acknowledged from then on have it.
     async fn set_durability(&self, branch: BranchId, durability: Durability) -> Result<()>;
+
+    /// Shuts owners of earlier epochs out of the archive of a line.
+    async fn fence_wal(&self, data: &Line) -> Result<()>;
 
     /// Deletes what the archive of a line has from before everything that is replayed from this position on.
     async fn forget_wal(&self, branch: BranchId, line: u64, needed: Lsn) -> Result<()>;
@@ -327,7 +332,7 @@ impl LocalNode {
         }
     }
 
-    /// Whether the branch has a volume of this line on this node.
+    /// Whether the branch has a volume of this line and epoch on this node.
     ///
     /// INVARIANT: `line` is written before a volume is made, and changed only while there is none. A volume without it
     /// is therefore no crash of ours; it may hold commits, so it is reported rather than replaced.
@@ -337,11 +342,16 @@ impl LocalNode {
         }
         let file = self.line_file(data.branch);
         let text = fs::read_to_string(&file).on("read", &file)?;
-        let line: u64 = text.trim().parse().map_err(|_| {
-            let why = "it does not hold a number".to_owned();
-            Error::Storage(ebb_storage::Error::Corrupt { what: file.to_string_lossy().into_owned(), why })
-        })?;
-        Ok(line == data.line)
+        let mut numbers = text.split_whitespace().map(str::parse::<u64>);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(line)), Some(Ok(epoch))) => Ok((line, epoch) == (data.line, data.epoch)),
+            // From before there were epochs, hence of the first.
+            (Some(Ok(line)), None) => Ok((line, 1) == (data.line, data.epoch)),
+            _ => {
+                let why = "it does not hold the numbers of a line and an epoch".to_owned();
+                Err(Error::Storage(ebb_storage::Error::Corrupt { what: file.to_string_lossy().into_owned(), why }))
+            }
+        }
     }
 
     fn line_file(&self, branch: BranchId) -> PathBuf {
@@ -359,7 +369,7 @@ impl LocalNode {
         .await
     }
 
-    /// Makes the volume, unless there is one of this line. What is there of another line is stale, and removed.
+    /// Makes the volume, unless there is one of this line and epoch. What is there of another is stale, and removed.
     ///
     /// A line whose archive goes on behind its head was awake on a node that is gone: its last commits are replayed.
     async fn ensure_volume(&self, start: &Start) -> Result<()> {
@@ -394,7 +404,7 @@ impl LocalNode {
 
     /// Makes a volume of this line on a layer, in the branch's directory, which has none.
     async fn make_volume(&self, data: &Line, base: LayerId, fork: bool) -> Result<()> {
-        files::replace(&self.line_file(data.branch), data.line.to_string().as_bytes())?;
+        files::replace(&self.line_file(data.branch), format!("{} {}", data.line, data.epoch).as_bytes())?;
         let dirs = self.dirs(data.branch);
         let make = if fork { Volume::create_fork } else { Volume::create };
         blocking("making a volume", move || Ok(make(&dirs, base)?)).await
@@ -449,7 +459,7 @@ impl LocalNode {
     /// Where a line's WAL is shipped to.
     fn archive(&self, data: &Line) -> Option<ArchiveSpec> {
         let bucket = self.policy.bucket.clone()?;
-        Some(ArchiveSpec { bucket, branch: data.branch, line: data.line, epoch: 0 })
+        Some(ArchiveSpec { bucket, branch: data.branch, line: data.line, epoch: data.epoch })
     }
 
     fn spec(&self, start: &Start, installation: Installation) -> UnitSpec {
@@ -584,6 +594,11 @@ impl Node for LocalNode {
             tokio::time::sleep(SHIP_LOOK_AGAIN).await;
         }
         Err(Error::Deadline("waiting until the bucket has all WAL"))
+    }
+
+    async fn fence_wal(&self, data: &Line) -> Result<()> {
+        let archive = Archive::new(self.bucket.clone(), data.branch, data.line);
+        Ok(archive.fence(Owner::new(data.epoch)).await?)
     }
 
     async fn forget_wal(&self, branch: BranchId, line: u64, needed: Lsn) -> Result<()> {

@@ -21,6 +21,9 @@ use crate::error::LocalContext as _;
 use crate::{Error, Result};
 
 const KEY_BYTES: usize = 32;
+
+/// Makes the key that nodes know each other by another one than any that is made of the same secret for something else.
+const PEERS_CONTEXT: &str = "ebb 2026-11-21 authority of the nodes on one bucket";
 const NONCE_BYTES: usize = 24;
 
 /// LIMIT: 24 characters of 64 are 144 bits, beyond any guessing.
@@ -33,6 +36,7 @@ pub type Secret = Zeroizing<String>;
 pub struct SecretStore {
     bucket: Bucket,
     cipher: XChaCha20Poly1305,
+    peers: Zeroizing<[u8; KEY_BYTES]>,
 }
 
 impl fmt::Debug for SecretStore {
@@ -60,7 +64,13 @@ impl SecretStore {
     /// If the key file cannot be used, has another size, or others may read it.
     pub fn open(data_dir: &Path, bucket: Bucket) -> Result<Self> {
         let key = read_or_make_key(&data_dir.join("secret.key"))?;
-        Ok(Self { bucket, cipher: XChaCha20Poly1305::new((&*key).into()) })
+        let peers = Zeroizing::new(blake3::derive_key(PEERS_CONTEXT, &*key));
+        Ok(Self { bucket, cipher: XChaCha20Poly1305::new((&*key).into()), peers })
+    }
+
+    /// What nodes with the same key know each other by; tells nothing about the key itself.
+    pub fn peers(&self) -> &Zeroizing<[u8; KEY_BYTES]> {
+        &self.peers
     }
 
     /// Stores the owner's password of a project.

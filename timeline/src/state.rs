@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ebb_compute::control::Durability;
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, ProjectId, ProjectName, ReleaseId, Timestamp,
-    nearest,
+    BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, OperationId, ProjectId, ProjectName, ReleaseId,
+    Timestamp, nearest,
 };
 
 use crate::api::types::Parent;
@@ -32,6 +32,8 @@ pub struct ProjectState {
     pub facts: Option<Facts>,
     /// Whether it was deleted.
     pub deleted: bool,
+    /// The node that acts for it; `None` before the first has.
+    pub owner: Option<Owner>,
     /// Its branches. Shared between versions of the state: each entry of the ledger makes one.
     pub branches: BTreeMap<BranchId, Arc<Branch>>,
     /// Its releases, oldest first.
@@ -46,6 +48,17 @@ pub struct ProjectState {
     pub rescues: BTreeMap<BranchId, u64>,
     /// Branches that were deleted: what a node still has of them may go. 16 bytes each, for ever.
     pub deleted_branches: BTreeSet<BranchId>,
+}
+
+/// The node that acts for a project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// Which.
+    pub node: NodeId,
+    /// Counts owners, from 1: the fencing token of the one writer of each of its branches.
+    pub epoch: u64,
+    /// Since when.
+    pub since: Timestamp,
 }
 
 /// What never changes about a project.
@@ -309,6 +322,11 @@ impl ProjectState {
         of_branches.chain(of_operations).collect()
     }
 
+    /// The epoch of the owner; 0 before the first.
+    pub fn epoch(&self) -> u64 {
+        self.owner.map_or(0, |owner| owner.epoch)
+    }
+
     fn branch_mut(&mut self, id: BranchId) -> Result<&mut Branch, String> {
         self.branches.get_mut(&id).map(Arc::make_mut).ok_or_else(|| format!("there is no branch {id}"))
     }
@@ -342,6 +360,12 @@ impl ProjectState {
                 });
             }
             Event::ProjectDeleted => self.deleted = true,
+            Event::OwnerChanged { node, epoch } => {
+                if *epoch != self.epoch() + 1 {
+                    return Err(format!("epoch {epoch} does not follow {}", self.epoch()));
+                }
+                self.owner = Some(Owner { node: *node, epoch: *epoch, since: entry.time });
+            }
             Event::BranchCreated { branch, name, head, end, parent, rescue_until } => {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
                     return Err(format!("branch {name:?} exists already"));

@@ -113,6 +113,10 @@ id!(
     /// A code artifact, its migrations, and the checkpoint taken before them.
     ReleaseId, "rel", "a release"
 );
+id!(
+    /// One data directory that `ebb serve` runs on, however often it is started.
+    NodeId, "nd", "a node"
+);
 
 #[cfg(test)]
 mod tests {

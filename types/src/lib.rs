@@ -14,7 +14,7 @@ mod suggest;
 
 pub use clock::{Clock, SystemClock, TestClock};
 pub use error::{ErrorKind, Hint};
-pub use ids::{BranchId, LayerId, OperationId, ProjectId, ReleaseId};
+pub use ids::{BranchId, LayerId, NodeId, OperationId, ProjectId, ReleaseId};
 pub use jiff::Timestamp;
 pub use lsn::{Lsn, ParseLsnError};
 pub use names::{BranchName, CheckpointName, InvalidName, ProjectName};

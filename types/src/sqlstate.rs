@@ -38,6 +38,30 @@ impl SqlState {
     /// `XX001`: stored bytes did not pass their checksum.
     pub const DATA_CORRUPTED: Self = Self("XX001");
 
+    /// All of them.
+    const ALL: [Self; 15] = [
+        Self::CONNECTION_FAILURE,
+        Self::PROTOCOL_VIOLATION,
+        Self::FEATURE_NOT_SUPPORTED,
+        Self::READ_ONLY,
+        Self::INVALID_AUTHORIZATION,
+        Self::INVALID_PASSWORD,
+        Self::INVALID_CATALOG_NAME,
+        Self::DISK_FULL,
+        Self::TOO_MANY_CONNECTIONS,
+        Self::OBJECT_IN_USE,
+        Self::ADMIN_SHUTDOWN,
+        Self::CANNOT_CONNECT_NOW,
+        Self::IDLE_SESSION_TIMEOUT,
+        Self::INTERNAL_ERROR,
+        Self::DATA_CORRUPTED,
+    ];
+
+    /// The one with these five characters, if it is among those that Ebb sends.
+    pub fn of(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.0 == text)
+    }
+
     /// The five characters.
     pub const fn as_str(self) -> &'static str {
         self.0

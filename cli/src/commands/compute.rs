@@ -1,13 +1,16 @@
-//! `ebb compute suspend|wake|status`.
+//! `ebb compute suspend|wake|move|status`, and `ebb node`.
 
-use ebb_timeline::api::types::Compute;
+use ebb_timeline::api::types::{Compute, NodeList};
 use serde_json::json;
 
 use super::project::seconds;
 use super::{Session, branch_path};
-use crate::args::{ComputeAct, ComputeCommand};
+use crate::args::{ComputeAct, ComputeCommand, NodeCommand};
 use crate::failure::Failure;
 use crate::output::{facts, table};
+
+/// LIMIT: a line of a terminal.
+const PROJECTS_SHOWN: usize = 5;
 
 pub fn run(to: &Session, command: ComputeCommand) -> Result<(), Failure> {
     let act = command.act.expect("clap asks for a subcommand where there is no --branch-dir");
@@ -22,10 +25,35 @@ pub fn run(to: &Session, command: ComputeCommand) -> Result<(), Failure> {
             to.done(&answer, || format!("{branch} is awake"));
             Ok(())
         }
+        ComputeAct::Move { project, to: node } => {
+            let answer = to.client.post(&format!("projects/{project}/move"), &json!({"to": node}), None)?;
+            to.done(&answer, || format!("{project} is on node {node}"));
+            Ok(())
+        }
         ComputeAct::Status { branch } => {
             to.show(&to.client.get(&format!("{}/compute", branch_path(&branch)))?, |view: Compute| status(view))
         }
     }
+}
+
+pub fn run_node(to: &Session, command: NodeCommand) -> Result<(), Failure> {
+    match command {
+        NodeCommand::List => to.show(&to.client.get("nodes")?, |list: NodeList| nodes(list)),
+    }
+}
+
+fn nodes(list: NodeList) -> String {
+    table(
+        ["NAME", "ID", "PEER", "PROJECTS"],
+        list.nodes.into_iter().map(|node| {
+            let (all, shown) = (node.projects.len(), node.projects.iter().take(PROJECTS_SHOWN));
+            let mut projects = shown.map(|name| name.to_string()).collect::<Vec<_>>().join(", ");
+            if all > PROJECTS_SHOWN {
+                projects.push_str(&format!(" and {} more", all - PROJECTS_SHOWN));
+            }
+            [node.name, node.id.to_string(), node.peer.unwrap_or_default(), projects]
+        }),
+    )
 }
 
 fn status(view: Compute) -> String {

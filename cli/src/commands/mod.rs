@@ -30,6 +30,7 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Url { branch } => branch::print_url(&to, &branch),
         Command::Psql { branch, args } => psql::run(&to, &branch, &args),
         Command::Compute(command) => compute::run(&to, command),
+        Command::Node(command) => compute::run_node(&to, command),
         Command::Release(command) => release::run(&to, command),
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
         Command::Ledger(command) => project::run_ledger(&to, command),

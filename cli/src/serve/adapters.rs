@@ -4,28 +4,40 @@
 //! first, over an [`Endpoints`] that is filled in once the service is open; clients wait in the listen queue till then.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
-use ebb_timeline::Service;
 use ebb_timeline::clients::{Activity, Clients, SessionRow};
+use ebb_timeline::{Place, Service};
 use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, SqlState};
 
-/// The timeline service, as the proxy sees it.
+use super::peers::{Peers, Unreached};
+
+/// LIMIT: how long a client waits for an owner to be found: longer than the record of one that died is good for.
+const OWNER_WITHIN: Duration = Duration::from_secs(30);
+
+/// How often it is looked again who owns a branch.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// The timeline service, and other nodes', as the proxy sees them.
 #[derive(Debug, Default)]
 pub struct ServiceEndpoints {
-    service: OnceLock<Arc<Service>>,
+    both: OnceLock<(Arc<Service>, Arc<Peers>)>,
 }
 
 impl ServiceEndpoints {
-    /// Fills in the service. Only the first call counts.
-    pub fn fill(&self, service: Arc<Service>) {
-        let _ = self.service.set(service);
+    /// Fills in the service and the other nodes. Only the first call counts.
+    pub fn fill(&self, service: Arc<Service>, peers: Arc<Peers>) {
+        let _ = self.both.set((service, peers));
     }
 
     fn service(&self) -> Result<&Arc<Service>, EndpointError> {
-        self.service.get().ok_or_else(|| EndpointError {
+        self.both().map(|(service, _)| service)
+    }
+
+    fn both(&self) -> Result<&(Arc<Service>, Arc<Peers>), EndpointError> {
+        self.both.get().ok_or_else(|| EndpointError {
             sqlstate: SqlState::CANNOT_CONNECT_NOW,
             message: "the server is starting".to_owned(),
             detail: None,
@@ -42,13 +54,72 @@ impl Endpoints for ServiceEndpoints {
     }
 
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
-        self.service()?.verifier(branch, role).await.map_err(reported)
+        let (service, peers) = self.both()?;
+        let search = Search::begin();
+        loop {
+            let Place::There(owner) = service.place(branch).await.map_err(reported)? else {
+                return service.verifier(branch, role).await.map_err(reported);
+            };
+            match peers.verifier(&owner, branch, role).await {
+                Ok(verifier) => return Ok(verifier),
+                Err(unreached) => search.go_on(Some((owner.name, unreached))).await?,
+            }
+        }
     }
 
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
-        // The service itself reports a wake that failed, once for all who waited.
-        let unit = self.service()?.wake(branch).await.map_err(to_client)?;
-        Ok(Awake { generation: unit.generation, socket: unit.socket })
+        let (service, peers) = self.both()?;
+        let search = Search::begin();
+        loop {
+            if let Place::There(owner) = service.place(branch).await.map_err(reported)? {
+                match peers.wake(&owner, branch).await {
+                    Ok((generation, socket)) => return Ok(Awake { generation, socket }),
+                    Err(unreached) => search.go_on(Some((owner.name, unreached))).await?,
+                }
+                continue;
+            }
+            // The service itself reports a wake that failed, once for all who waited.
+            match service.wake(branch).await {
+                Ok(unit) => return Ok(Awake { generation: unit.generation, socket: unit.socket }),
+                // It has just got another owner.
+                Err(error) if error.is_elsewhere() => search.go_on(None).await?,
+                Err(error) => return Err(to_client(error)),
+            }
+        }
+    }
+}
+
+/// The search for a branch's owner that answers.
+struct Search {
+    deadline: Instant,
+}
+
+impl Search {
+    fn begin() -> Self {
+        Self { deadline: Instant::now() + OWNER_WITHIN }
+    }
+
+    /// Waits a little before it is looked again; or tells why not.
+    async fn go_on(&self, met: Option<(String, Unreached)>) -> Result<(), EndpointError> {
+        let detail = match met {
+            Some((_, Unreached::Refused { sqlstate, message, hint })) => {
+                let sqlstate = SqlState::of(&sqlstate).unwrap_or(SqlState::CANNOT_CONNECT_NOW);
+                return Err(EndpointError { sqlstate, message, detail: None, hint });
+            }
+            Some((node, Unreached::Elsewhere(error))) => Some(format!("Node {node:?} owns it: {error}.")),
+            None => None,
+        };
+        if Instant::now() < self.deadline {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            return Ok(());
+        }
+        let hint = "It is taken over as soon as its node's record has expired: try again in a few seconds.";
+        Err(EndpointError {
+            sqlstate: SqlState::CANNOT_CONNECT_NOW,
+            message: "no node answers for the branch".to_owned(),
+            detail,
+            hint: Some(hint.to_owned()),
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 18] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -26,6 +26,9 @@ const KEYS: [&str; 15] = [
     "api-listen",
     "public-host",
     "domain",
+    "node-name",
+    "node-listen",
+    "node-ttl",
     "idle-suspend",
     "min-free-bytes",
     "hydrate",
@@ -36,6 +39,9 @@ const KEYS: [&str; 15] = [
 
 /// LIMIT: every round asks the bucket for a listing and each ledger for news.
 const COLLECT_INTERVAL_MIN: Duration = Duration::from_secs(1);
+
+/// LIMIT: a record is renewed three times before it expires, and a bucket takes its time.
+const NODE_TTL_MIN: Duration = Duration::from_millis(500);
 
 /// Effective settings. Their serialized form is a settings file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -61,6 +67,15 @@ pub struct Settings {
     pub public_host: String,
     /// Endpoints answer to `branch--project.<domain>` where a client sends a host name by TLS. Default `localhost`.
     pub domain: String,
+    /// What people call this node. Default: the machine's host name.
+    pub node_name: String,
+    /// Where other nodes on the same bucket reach this one, by mutual TLS. Default: a free port of loopback. It must be an
+    /// address that they can connect to; port 0 takes a free one.
+    pub node_listen: SocketAddr,
+    /// How long after this node last renewed its record in the bucket others may take over its projects. Default 10
+    /// seconds; at least 500 ms.
+    #[serde(serialize_with = "as_text")]
+    pub node_ttl: Duration,
     /// How long a compute without work stays up, for branches without a value of their own. Default 5 minutes.
     #[serde(serialize_with = "as_text")]
     pub idle_suspend: Duration,
@@ -110,6 +125,9 @@ impl Settings {
         let api_listen = sources.address("api-listen", args.api_listen.clone(), "127.0.0.1:7432");
         let public_host = sources.text("public-host", args.public_host.clone());
         let domain = sources.text("domain", args.domain.clone());
+        let node_name = sources.text("node-name", args.node_name.clone());
+        let node_listen = sources.address("node-listen", args.node_listen.clone(), "127.0.0.1:0");
+        let node_ttl = sources.time("node-ttl", args.node_ttl.clone(), Duration::from_secs(10));
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
@@ -130,6 +148,14 @@ impl Settings {
         if collect_interval < COLLECT_INTERVAL_MIN {
             faults.push("collect-interval: at least 1s is wanted".to_owned());
         }
+        if node_ttl < NODE_TTL_MIN {
+            faults.push("node-ttl: at least 500ms is wanted".to_owned());
+        }
+        if node_listen.ip().is_unspecified() {
+            faults.push(format!(
+                "node-listen: {node_listen} names no machine, and other nodes are told to connect to it"
+            ));
+        }
         let idle_suspend = parse_duration(idle_suspend.as_deref().unwrap_or("5m")).unwrap_or_else(|fault| {
             faults.push(format!("idle-suspend: {fault}"));
             Duration::ZERO
@@ -148,6 +174,9 @@ impl Settings {
             api_listen,
             public_host: public_host.unwrap_or_else(|| reachable(listen.ip()).to_string()),
             domain: domain.unwrap_or_else(|| "localhost".to_owned()),
+            node_name: node_name.unwrap_or_else(host_name),
+            node_listen,
+            node_ttl,
             idle_suspend,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,
@@ -164,6 +193,11 @@ impl Settings {
     pub fn s3(&self) -> S3Options {
         S3Options { endpoint: self.s3_endpoint.clone(), region: self.s3_region.clone(), path_style: self.s3_path_style }
     }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if name.is_empty() { "node".to_owned() } else { name }
 }
 
 /// An address a client on this machine can use where the server listens on all.

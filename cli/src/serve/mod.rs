@@ -10,6 +10,7 @@ mod adapters;
 mod checks;
 mod config;
 pub mod lock;
+mod peers;
 mod welcome;
 
 use std::future::IntoFuture as _;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use ebb_proxy::{Proxy, ProxyConfig};
 use ebb_storage::object_store::{self, BucketAt};
+use ebb_timeline::nodes::Addresses;
 use ebb_timeline::{CollectPolicy, LayerPolicy, Service, ServiceConfig, api};
 use ebb_types::{ErrorKind, Hint as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -36,8 +38,10 @@ use crate::args::{ConfigCommand, ServeArgs};
 use crate::failure::Failure;
 use crate::output::Output;
 use adapters::{ProxyClients, ServiceEndpoints};
+use axum::middleware::from_fn_with_state;
 use config::Settings;
 use lock::{Announced, DataLock, NodeFile};
+use peers::{Identity, Links, PeerServer, Peers};
 
 /// LIMIT: a fast shutdown of a Postgres with much to write takes seconds; process managers kill after 90 s or so.
 const SUSPEND_WITHIN: Duration = Duration::from_secs(45);
@@ -94,18 +98,33 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
     let proxy_addr = proxy.local_addr();
     let ca = proxy.ca_pem_path().to_owned();
 
-    let clients = Arc::new(ProxyClients(proxy.handle()));
-    let service = Service::open(service_config(settings, &proxy)?, bucket, clients).await.map_err(service_failure)?;
-    endpoints.fill(service.clone());
+    let peer_listener = bind_peers(settings.node_listen).await?;
+    let peer_addr = peer_listener.local_addr().map_err(|error| Failure::internal("cannot listen for nodes", &error))?;
 
+    let own_clients = Arc::new(ProxyClients(proxy.handle()));
+    let links = Arc::new(Links::new(own_clients.clone()));
+    let config = service_config(settings, &proxy)?;
+    let service = Service::open(config, bucket, links.clone()).await.map_err(service_failure)?;
     let stop = Stop::default();
+    let identity = Identity::derive(service.peer_secret(), service.node_id())
+        .map_err(|error| Failure::new(ErrorKind::Internal, format!("cannot make this node's identity: {error:#}")))?;
+    let peers = Peers::new(identity.clone(), settings.data.join("peers"), own_clients, stop.service.clone())
+        .map_err(|error| Failure::internal("cannot make a directory for other nodes' sockets", &error))?;
+    let peers = Arc::new(peers);
+    endpoints.fill(service.clone(), peers.clone());
+    let peer_server = PeerServer { identity, service: service.clone(), links, api: api_addr };
+    let peer_run = tokio::spawn(peer_server.run(peer_listener, stop.peers.clone()));
+    let addresses = Addresses { api: Some(format!("http://{api_addr}")), peer: Some(peer_addr.to_string()) };
+    service.announce(addresses).await.map_err(service_failure)?;
+
     let proxy_run = tokio::spawn(proxy.run(stop.proxy.clone()));
     let service_run = tokio::spawn({
         let (service, stop) = (service.clone(), stop.service.clone());
         async move { service.run(stop).await }
     });
     let upkeep = tokio::spawn(keep_up(metrics.clone(), stop.service.clone()));
-    let router = api::router_with_metrics(service.clone(), Some(Arc::new(move || metrics.render())));
+    let router = api::router_with_metrics(service.clone(), Some(Arc::new(move || metrics.render())))
+        .layer(from_fn_with_state((service.clone(), peers), peers::forward));
     let api_run = axum::serve(api_listener, router).with_graceful_shutdown(stop.api.clone().cancelled_owned());
     let api_run = tokio::spawn(api_run.into_future());
 
@@ -131,7 +150,7 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
         });
     }
     drop(announced);
-    stop.in_order(&service, api_run, proxy_run, service_run).await;
+    stop.in_order(&service, api_run, proxy_run, peer_run, service_run).await;
     let _ = upkeep.await;
     tracing::info!("stopped");
     welcomed
@@ -142,6 +161,7 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
 struct Stop {
     api: CancellationToken,
     proxy: CancellationToken,
+    peers: CancellationToken,
     service: CancellationToken,
 }
 
@@ -152,6 +172,7 @@ impl Stop {
         service: &Arc<Service>,
         api_run: JoinHandle<std::io::Result<()>>,
         proxy_run: JoinHandle<()>,
+        peer_run: JoinHandle<()>,
         service_run: JoinHandle<()>,
     ) {
         self.api.cancel();
@@ -162,7 +183,10 @@ impl Stop {
         self.proxy.cancel();
         // The proxy bounds its own draining.
         report_join("proxy", proxy_run.await);
+        // Other nodes' clients are held by suspending, as this one's were.
         service.suspend_all(SUSPEND_WITHIN).await;
+        self.peers.cancel();
+        report_join("server for other nodes", peer_run.await);
         self.service.cancel();
         report_join("timeline service", service_run.await);
     }
@@ -190,6 +214,13 @@ async fn bind_api(addr: SocketAddr) -> Result<TcpListener, Failure> {
     })
 }
 
+async fn bind_peers(addr: SocketAddr) -> Result<TcpListener, Failure> {
+    TcpListener::bind(addr).await.map_err(|error| {
+        Failure::internal(format!("cannot listen on {addr} for other nodes"), &error)
+            .hint("Is another server on that port? --node-listen names another address.")
+    })
+}
+
 fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, Failure> {
     let exe = std::env::current_exe().map_err(|error| Failure::internal("cannot find this program's file", &error))?;
     let bucket = BucketAt::new(&settings.bucket, &settings.s3()).map_err(|error| {
@@ -205,6 +236,8 @@ fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, F
         proxy_domain: settings.domain.clone(),
         ca_pem: Some(proxy.ca_pem_path().to_owned()),
         min_free_bytes: settings.min_free_bytes,
+        node_name: settings.node_name.clone(),
+        node_ttl: settings.node_ttl,
         layers: LayerPolicy { bucket: Some(bucket), hydrate, cache_limit },
         collect: CollectPolicy { grace: settings.collect_grace, interval: settings.collect_interval },
     })

@@ -66,6 +66,14 @@ pub(super) struct Header {
     pub time: Timestamp,
 }
 
+impl Header {
+    /// Of nobody, before any WAL.
+    pub fn nowhere() -> Self {
+        let (start, time) = (Lsn(0), Timestamp::UNIX_EPOCH);
+        Self { kind: Kind::Opening, writer: [0; 16], pg_timeline: 0, start, end: start, time }
+    }
+}
+
 /// What an opening tells besides its header, whose `start` is where the stretch begins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Opening {

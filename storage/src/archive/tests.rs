@@ -207,6 +207,47 @@ async fn an_owner_of_an_earlier_epoch_is_refused() {
 }
 
 #[tokio::test]
+async fn a_fence_shuts_earlier_epochs_out_before_anyone_writes() {
+    let (_root, _, archive) = scratch().await;
+    let mut old = archive.claim(Owner::new(1)).await.unwrap().open(fresh(0, 0)).unwrap();
+    old.settle().await.unwrap();
+    write(&mut old, 1, &[100], 1).await;
+    let claimed_before = archive.claim(Owner::new(1)).await.unwrap();
+    for _ in 0..2 {
+        archive.fence(Owner::new(2)).await.unwrap();
+    }
+    assert!(matches!(old.append(span(1, 100, 200, 2)).await, Err(Error::Overtaken { .. })));
+    assert!(matches!(archive.claim(Owner::new(1)).await, Err(Error::Overtaken { .. })));
+    assert!(matches!(archive.fence(Owner::new(1)).await, Err(Error::Overtaken { .. })));
+    let mut late = onward(&claimed_before, 3);
+    late.history = None;
+    assert!(matches!(claimed_before.open(late).unwrap().settle().await, Err(Error::Overtaken { .. })));
+    check_fetch(&archive, 1, 0, 100, 0).await;
+    // The new owner goes on where the old one ended, through the empty stretch of the fence.
+    let claim = archive.claim(Owner::new(2)).await.unwrap();
+    let start = onward(&claim, 4);
+    let mut new = claim.open(start).unwrap();
+    new.settle().await.unwrap();
+    write(&mut new, 1, &[50], 5).await;
+    assert_eq!(archive.ranges().await.unwrap().len(), 1);
+    check_fetch(&archive, 1, 0, 150, 0).await;
+    archive.fence(Owner::new(2)).await.unwrap();
+    write(&mut new, 1, &[50], 6).await;
+}
+
+#[tokio::test]
+async fn an_archive_without_any_wal_can_be_fenced() {
+    let (_root, _, archive) = scratch().await;
+    archive.fence(Owner::new(7)).await.unwrap();
+    assert_eq!(archive.ranges().await.unwrap(), []);
+    assert!(matches!(archive.claim(Owner::new(6)).await, Err(Error::Overtaken { .. })));
+    let mut writer = archive.claim(Owner::new(7)).await.unwrap().open(fresh(0, 0)).unwrap();
+    writer.settle().await.unwrap();
+    write(&mut writer, 1, &[100], 1).await;
+    check_fetch(&archive, 1, 0, 100, 0).await;
+}
+
+#[tokio::test]
 async fn gaps_and_histories_that_were_given_up_are_seen() {
     let (_root, _, archive) = scratch().await;
     let segment = u64::from(SEGMENT);

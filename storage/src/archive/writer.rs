@@ -135,6 +135,54 @@ impl Archive {
         Ok(claim)
     }
 
+    /// Shuts owners of earlier epochs out for good: what they had appended by then is in the archive, nothing of theirs
+    /// follows. Does nothing where the owner's epoch was seen already.
+    ///
+    /// Where [`Archive::claim`] only ends the last stretch, this also leaves an opening of the owner's epoch, so that
+    /// one who reads the archive after it has all of what was, or ever will be, acknowledged in an earlier epoch.
+    ///
+    /// # Errors
+    /// [`Error::Overtaken`] when an owner of a later epoch was here.
+    ///
+    /// # Cancel safety
+    /// May be called again after it failed or was cut off.
+    pub async fn fence(&self, owner: Owner) -> Result<()> {
+        let openings = self.openings();
+        let opening_before = async |number: u64| match number.checked_sub(1) {
+            Some(last) => self.opening(last).await,
+            None => Ok(None),
+        };
+        let seen = opening_before(openings.extent().await?.end).await?;
+        if seen.is_some_and(|(_, opening)| opening.epoch == owner.epoch) {
+            return Ok(());
+        }
+        loop {
+            let claim = self.claim(owner).await?;
+            let (header, last) = match opening_before(claim.next).await? {
+                Some((_, last)) if last.epoch == owner.epoch => return Ok(()),
+                Some((header, last)) => (header, Some(last)),
+                None => (Header::nowhere(), None),
+            };
+            let (end, time) = claim.previous.map_or((header.start, header.time), |last| (last.end, last.time));
+            let opening = Opening {
+                epoch: owner.epoch,
+                system_identifier: last.as_ref().map_or(0, |last| last.system_identifier),
+                wal_segment_bytes: last.as_ref().map_or(0, |last| last.wal_segment_bytes),
+                continues: last.is_some(),
+                previous: claim.previous,
+            };
+            let body = serde_json::to_vec(&opening).expect("an opening is plain data");
+            let header = Header { kind: Kind::Opening, writer: owner.writer, start: end, end, time, ..header };
+            let bytes = format::encode(&self.place(claim.next, 0), &header, &body);
+            match openings.append(claim.next, bytes).await {
+                Ok(()) => return Ok(()),
+                // The earlier owner was quicker once more: what it opened is ended next.
+                Err(Error::Overtaken { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Makes a stretch end: whatever its writer managed to append before is part of it.
     async fn close(&self, stretch: u64, opening: &Header, owner: Owner) -> Result<Previous> {
         let log = self.spans(stretch);

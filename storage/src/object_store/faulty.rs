@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -54,6 +55,7 @@ pub struct Faults {
 pub struct Faulty {
     store: Bucket,
     faults: Faults,
+    cut_off: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -71,7 +73,12 @@ struct State {
 impl Faulty {
     /// Lets a bucket fail.
     pub fn new(store: Bucket, faults: Faults) -> Self {
-        Self { store, faults, state: Mutex::default() }
+        Self { store, faults, cut_off: AtomicBool::new(false), state: Mutex::default() }
+    }
+
+    /// Cuts the bucket off: every call fails without having done anything, until it is let in again.
+    pub fn cut_off(&self, cut_off: bool) {
+        self.cut_off.store(cut_off, Ordering::SeqCst);
     }
 
     /// How often each fault was made so far. A test that saw none shows nothing.
@@ -104,7 +111,7 @@ impl Faulty {
                 self.store.put_if_absent(&key, bytes).await.map(drop)?;
             }
         }
-        match self.hits(&mut dice, "refused", self.faults.refused) {
+        match self.cut_off.load(Ordering::SeqCst) || self.hits(&mut dice, "refused", self.faults.refused) {
             true => Err(dice.fault(op, key)),
             false => Ok(dice),
         }

@@ -8,6 +8,7 @@ mod docs;
 mod fsck;
 mod kills;
 mod node_loss;
+mod nodes;
 mod points;
 mod postgres_life;
 mod quick_start;

@@ -51,6 +51,8 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route("/v1/projects/{project}/rollback", post(routes::rollback))
         .route("/v1/projects/{project}/ledger", get(routes::list_ledger))
         .route("/v1/projects/{project}/ledger/verify", get(routes::verify_ledger))
+        .route("/v1/projects/{project}/move", post(routes::move_project))
+        .route("/v1/nodes", get(routes::list_nodes))
         .route("/v1/objects/why", get(routes::why_object))
         .route("/v1/collect", post(routes::collect))
         .route("/openapi.json", get(openapi));

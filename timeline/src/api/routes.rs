@@ -57,6 +57,8 @@ fn done<T>(value: T) -> Answered<T> {
         verify_ledger,
         delete_project,
         rollback,
+        move_project,
+        list_nodes,
         why_object,
         collect,
     )
@@ -292,6 +294,22 @@ pub(super) async fn rollback(
         return done(RollbackAnswer::Planned(service.plan_rollback(&project, &body.to).await?));
     }
     done(RollbackAnswer::Done(Box::new(service.rollback(&caller, &project, &body.to).await?.value)))
+}
+
+/// Hands a project over to another node of the bucket; its clients stay connected.
+#[utoipa::path(post, path = "/v1/projects/{project}/move", params(("project" = String, Path)), request_body = Move, responses((status = 200, body = Moved), (status = "default", body = Problem)))]
+pub(super) async fn move_project(
+    State(service): Node,
+    Path(project): Path<String>,
+    Act { caller, body }: Act<Move>,
+) -> Answered<Moved> {
+    done(Moved { node: service.move_project(&caller, &project, &body.to).await? })
+}
+
+/// The nodes on this bucket that are alive, this one first.
+#[utoipa::path(get, path = "/v1/nodes", responses((status = 200, body = NodeList), (status = "default", body = Problem)))]
+pub(super) async fn list_nodes(State(service): Node) -> Answered<NodeList> {
+    done(NodeList { nodes: service.node_views() })
 }
 
 /// Tells what keeps an object of the bucket, or which rule lets it go.

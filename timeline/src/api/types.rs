@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use ebb_compute::control::{Durability, Status};
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, OperationId, PointRef, ProjectId, ProjectName,
-    ReleaseId, Timestamp,
+    BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, NodeId, OperationId, PointRef, ProjectId,
+    ProjectName, ReleaseId, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -493,6 +493,46 @@ pub struct Problem {
     /// The kind, for programs.
     #[schema(value_type = String)]
     pub kind: ErrorKind,
+}
+
+/// Body of `POST /v1/projects/{project}/move`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Move {
+    /// The node that the project goes to: its name or identifier.
+    pub to: String,
+}
+
+/// Where a project is now.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Moved {
+    /// Its owner.
+    #[schema(value_type = String)]
+    pub node: NodeId,
+}
+
+/// All nodes on the bucket that are alive.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct NodeList {
+    /// The one that answers first.
+    pub nodes: Vec<Node>,
+}
+
+/// A node.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Node {
+    /// Its identifier.
+    #[schema(value_type = String)]
+    pub id: NodeId,
+    /// What people call it.
+    pub name: String,
+    /// Where its API is, on its own machine.
+    pub api: Option<String>,
+    /// Where other nodes reach it.
+    pub peer: Option<String>,
+    /// The projects that it owns, as far as the node that answers knows.
+    #[schema(value_type = Vec<String>)]
+    pub projects: Vec<ProjectName>,
 }
 
 /// Body of `POST /v1/collect`.

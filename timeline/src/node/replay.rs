@@ -79,6 +79,9 @@ impl LocalNode {
         if self.policy.bucket.is_none() || start.begun_here {
             return Ok(None);
         }
+        if start.data.epoch > 1 {
+            self.fence_wal(&start.data).await?;
+        }
         let archive = Archive::new(self.bucket.clone(), start.data.branch, start.data.line);
         Ok(archive.ranges().await?.pop().map(|last| (archive, last)))
     }

@@ -26,7 +26,7 @@ impl Machine {
     }
 
     fn line(&self, line: u64) -> Line {
-        Line { branch: BranchId::for_test(1), line, head: self.base }
+        Line { branch: BranchId::for_test(1), line, head: self.base, epoch: 1 }
     }
 }
 
@@ -64,6 +64,13 @@ async fn a_volume_of_another_line_is_replaced() {
     assert_eq!(node.roles(&second).await.unwrap(), None);
     node.ensure_volume(&start_of(&second)).await.unwrap();
     assert!(!roles.exists() && node.has_volume(&second).unwrap() && !node.has_volume(&first).unwrap());
+
+    // Another node may have been awake since: what this one has is of the past, too.
+    let later = Line { epoch: 3, ..second.clone() };
+    assert!(!node.has_volume(&later).unwrap());
+    node.ensure_volume(&start_of(&later)).await.unwrap();
+    assert!(node.has_volume(&later).unwrap() && !node.has_volume(&second).unwrap());
+    let second = later;
 
     node.remove_volume(first.branch).await.unwrap();
     assert!(!node.has_volume(&second).unwrap());

@@ -38,6 +38,9 @@ impl From<&Serving> for AwakeUnit {
     }
 }
 
+/// LIMIT: computes of one branch in one epoch: a wake a second for a hundred years.
+const GENERATIONS_BITS: u32 = 32;
+
 type SharedWake = Shared<BoxFuture<'static, Result<AwakeUnit, Arc<Error>>>>;
 
 /// One branch on this node.
@@ -100,8 +103,14 @@ impl Inner {
         self.settled || (self.compute != Compute::Suspended && self.unrecorded.is_none())
     }
 
+    /// What was known is of an earlier epoch: this node's volume is stale.
+    pub fn forget(&mut self) {
+        self.settled = false;
+        self.unrecorded = None;
+    }
+
     /// Every change of state goes through here.
-    fn step(&mut self, event: ComputeEvent, now: Timestamp) -> Result<()> {
+    pub fn step(&mut self, event: ComputeEvent, now: Timestamp) -> Result<()> {
         if event == ComputeEvent::Wake {
             // Also one that fails may have written.
             self.settled = false;
@@ -148,7 +157,9 @@ impl Service {
         let cell = project.cell(branch);
         let wake = {
             let mut inner = cell.inner.lock();
-            if let Compute::Active(serving) = &inner.compute {
+            if let Compute::Active(serving) = &inner.compute
+                && self.may_act(&project)
+            {
                 return Ok(serving.into());
             }
             if self.stopping.is_cancelled() {
@@ -187,6 +198,7 @@ impl Service {
         branch: BranchId,
         cell: &Arc<Cell>,
     ) -> Result<AwakeUnit> {
+        self.claim(project).await?;
         if let Compute::Active(serving) = &cell.inner.lock().compute {
             return Ok(serving.into());
         }
@@ -199,7 +211,8 @@ impl Service {
                 head_end: known.history.seal_of(data.head).and_then(|seal| seal.end),
                 begun_here: {
                     let first = known.history.seals().iter().find(|seal| seal.line == data.line);
-                    first.is_some_and(|first| first.at >= self.opened_at)
+                    let since = state.owner.map_or(Timestamp::MAX, |owner| owner.since).max(self.opened_at);
+                    first.is_some_and(|first| first.at >= since)
                 },
                 earlier: known.history.before(data.head, data.line),
                 data,
@@ -220,7 +233,7 @@ impl Service {
                 let serving = {
                     let mut inner = cell.inner.lock();
                     inner.wakes += 1;
-                    self.serve(&mut inner, socket)?
+                    self.serve(project, &mut inner, socket)?
                 };
                 metrics::counter!("ebb_timeline_wakes_total", "result" => "ok").increment(1);
                 metrics::histogram!("ebb_timeline_wake_seconds").record(began.elapsed());
@@ -238,8 +251,10 @@ impl Service {
     }
 
     /// A compute answers: a new generation.
-    fn serve(&self, inner: &mut Inner, socket: PathBuf) -> Result<Serving> {
-        let serving = Serving { generation: inner.generation + 1, socket };
+    fn serve(&self, project: &Project, inner: &mut Inner, socket: PathBuf) -> Result<Serving> {
+        // Later owners' computes count as later ones, wherever they are seen from.
+        let before = project.ledger.state().epoch().saturating_sub(1) << GENERATIONS_BITS;
+        let serving = Serving { generation: inner.generation.max(before) + 1, socket };
         inner.step(ComputeEvent::Ready(serving.clone()), self.clock.now())?;
         inner.generation = serving.generation;
         inner.settled = false;
@@ -255,9 +270,15 @@ impl Service {
         for project in self.all_projects() {
             for &branch in project.ledger.state().branches.keys() {
                 match self.node.adopt(branch).await {
+                    Ok(Some(_)) if project.ledger.state().owner.is_some() && !project.is_ours() => {
+                        tracing::warn!(%branch, "a compute of what another node owns is ended");
+                        if let Err(error) = self.node.discard(branch).await {
+                            self.report("ending a compute", &error);
+                        }
+                    }
                     Ok(Some(socket)) => {
                         let cell = project.cell(branch);
-                        let serving = self.serve(&mut cell.inner.lock(), socket);
+                        let serving = self.serve(&project, &mut cell.inner.lock(), socket);
                         match serving {
                             Ok(serving) => self.watch(&project, branch, &cell, serving.generation),
                             Err(error) => self.report("adopting a compute", &error),
@@ -493,7 +514,7 @@ impl Service {
             return Ok(());
         };
         let command = Command::Sealed { branch, line, layer, end };
-        project.ledger.append("ebb", None, |state| Ok((crate::decide::decide(state, &command)?, ()))).await?;
+        project.append("ebb", None, |state| Ok((crate::decide::decide(state, &command)?, ()))).await?;
         self.settle(project, branch);
         Ok(())
     }
@@ -503,7 +524,7 @@ impl Service {
     pub async fn suspend_all(self: &Arc<Self>, deadline: Duration) {
         let until = Instant::now() + deadline;
         let mut suspensions = Vec::new();
-        for project in self.all_projects() {
+        for project in self.own_projects() {
             for &branch in project.ledger.state().branches.keys() {
                 if !matches!(project.cell(branch).inner.lock().compute, Compute::Suspended) {
                     suspensions.push(self.suspend_by(project.clone(), branch, until));
@@ -522,6 +543,16 @@ impl Service {
         }
         self.stopping.cancel();
         self.tasks.close();
+        let asleep = |project: &Arc<Project>| {
+            let cells = project.cells.lock();
+            cells.values().all(|cell| cell.inner.lock().is_settled() && cell.inner.lock().unrecorded.is_none())
+        };
+        if self.own_projects().iter().all(asleep) {
+            // Others need not wait until the record expires.
+            if let Err(error) = self.nodes.stop().await {
+                self.report("saying that this node is stopped", &error);
+            }
+        }
         // LIMIT: what is under way is only finishing its last steps; whatever is not is recovered at the next start.
         let rest = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
         if tokio::time::timeout(rest, self.tasks.wait()).await.is_err() {

@@ -43,6 +43,7 @@ pub struct World {
 #[derive(Debug)]
 pub struct FakeVolume {
     pub line: u64,
+    pub epoch: u64,
     pub base: LayerId,
     pub rows: Rows,
     pub dirty: bool,
@@ -116,7 +117,8 @@ impl FakeNode {
 
 impl World {
     fn seal(&mut self, data: &Line, id: LayerId) -> Option<Sealed> {
-        let volume = self.volumes.get_mut(&data.branch).filter(|volume| volume.line == data.line)?;
+        let is = |volume: &&mut FakeVolume| (volume.line, volume.epoch) == (data.line, data.epoch);
+        let volume = self.volumes.get_mut(&data.branch).filter(is)?;
         let new = volume.dirty;
         if new {
             let mut chain = self.layers[&volume.base].0.clone();
@@ -156,16 +158,18 @@ impl Node for FakeNode {
             return Err(ebb_compute::Error::Deadline("starting").into());
         }
         let branch = start.data.branch;
-        let stale = world.volumes.get(&branch).is_some_and(|volume| volume.line != start.data.line);
+        let (line, epoch) = (start.data.line, start.data.epoch);
+        let stale = world.volumes.get(&branch).is_some_and(|volume| (volume.line, volume.epoch) != (line, epoch));
         if stale {
             let old = world.volumes.remove(&branch).unwrap();
             assert!(old.running.is_none(), "a running volume was replaced");
-            assert!(!old.dirty, "commits were thrown away");
+            // Another node has been awake since: what this one had is of a history that was given up.
+            assert!(!old.dirty || old.epoch != epoch, "commits were thrown away");
         }
         if !world.volumes.contains_key(&branch) {
             let rows = world.layers[&start.data.head].1.clone();
             let base = start.data.head;
-            let volume = FakeVolume { line: start.data.line, base, rows, dirty: false, running: None };
+            let volume = FakeVolume { line, epoch, base, rows, dirty: false, running: None };
             world.volumes.insert(branch, volume);
         }
         world.starts += 1;
@@ -180,6 +184,10 @@ impl Node for FakeNode {
     }
 
     async fn ship(&self, _: BranchId) -> Result<()> {
+        Ok(())
+    }
+
+    async fn fence_wal(&self, _: &Line) -> Result<()> {
         Ok(())
     }
 
@@ -428,6 +436,8 @@ impl Rig {
             proxy_domain: "localhost".to_owned(),
             ca_pem: Some("/tls/ca.pem".into()),
             min_free_bytes: 1000,
+            node_name: "one".to_owned(),
+            node_ttl: Duration::from_secs(30),
             layers: crate::LayerPolicy::default(),
             collect: crate::CollectPolicy::default(),
         }

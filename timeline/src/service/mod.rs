@@ -19,6 +19,7 @@ pub(crate) mod collect;
 mod compute;
 #[cfg(test)]
 pub(crate) mod fake;
+mod owners;
 mod past;
 mod projects;
 mod reconcile;
@@ -34,11 +35,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
 use ebb_compute::postgres::{DATABASE, OWNER};
 use ebb_storage::object_store::Bucket;
-use ebb_types::{BranchId, Clock, EndpointName, LayerId, OperationId, ProjectId, ProjectName, SystemClock, Timestamp};
+use ebb_types::{
+    BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock, Timestamp,
+};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +56,7 @@ use crate::event::Key;
 use crate::ledger::Ledger;
 use crate::machine::Standing;
 use crate::node::{LayerPolicy, Line, LocalNode, Node};
+use crate::nodes::Nodes;
 use crate::secrets::SecretStore;
 use crate::state::ProjectState;
 use crate::{Error, Refusal, Result};
@@ -60,6 +65,7 @@ pub use collect::CollectPolicy;
 use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
+pub use owners::Place;
 
 /// LIMIT: enough for the ledger, the journal and the WAL of one more shutdown; below it nothing new is begun.
 pub const MIN_FREE_BYTES: u64 = 64 << 20;
@@ -83,6 +89,10 @@ pub struct ServiceConfig {
     pub ca_pem: Option<PathBuf>,
     /// Bytes that must stay free on the disk of `data_dir`; work is refused below. Usually [`MIN_FREE_BYTES`].
     pub min_free_bytes: u64,
+    /// What people call this node.
+    pub node_name: String,
+    /// How long after this node last renewed its record others may take over what it owns.
+    pub node_ttl: Duration,
     /// How this machine keeps layers.
     pub layers: LayerPolicy,
     /// When what nothing needs is deleted.
@@ -130,6 +140,7 @@ pub struct Service {
     bucket: Bucket,
     clients: SharedClients,
     node: Arc<dyn Node>,
+    nodes: Nodes,
     clock: Arc<dyn Clock>,
     catalog: Ledger<Catalog>,
     projects: RwLock<BTreeMap<ProjectId, Arc<Project>>>,
@@ -142,19 +153,31 @@ pub struct Service {
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
+    /// When it was last looked for what other nodes have made.
+    looked_at: tokio::sync::Mutex<Option<Instant>>,
     /// Something changed that the reconciler should look at.
     changed: Notify,
+    /// There may be operations that nobody carries out any more.
+    left_behind: Notify,
     /// A layer was recorded that may have to be uploaded.
     layers_changed: Notify,
     tasks: TaskTracker,
     stopping: CancellationToken,
 }
 
-/// A project that exists, on this node.
+/// A project that exists, as this node knows it.
 #[derive(Debug)]
 struct Project {
     id: ProjectId,
     name: ProjectName,
+    /// This node.
+    node: NodeId,
+    /// The uninterrupted time of this node's record in which it was last seen to be the owner.
+    term: AtomicU64,
+    /// Held by whoever finds out whose it is.
+    claiming: tokio::sync::Mutex<()>,
+    /// When it was last looked for what other nodes have recorded.
+    looked_at: tokio::sync::Mutex<Option<Instant>>,
     ledger: Ledger<ProjectState>,
     cells: Mutex<HashMap<BranchId, Arc<Cell>>>,
     /// Operations that a task of this process carries out.
@@ -170,7 +193,7 @@ impl Project {
     fn line(&self, branch: BranchId) -> Result<Line> {
         let state = self.ledger.state();
         let known = state.branch_by_id(branch)?;
-        Ok(Line { branch, line: known.line, head: known.head })
+        Ok(Line { branch, line: known.line, head: known.head, epoch: state.epoch() })
     }
 }
 
@@ -202,6 +225,9 @@ impl Service {
         let secrets = SecretStore::open(&config.data_dir, bucket.clone())?;
         let artifacts = Artifacts::new(&config.data_dir, bucket.clone());
         artifacts.sweep()?;
+        let nodes = Nodes::open(&config.data_dir, config.node_name.clone(), bucket.clone(), config.node_ttl)?;
+        nodes.renew().await?;
+        nodes.look().await?;
         let catalog = Ledger::open(bucket.clone(), CATALOG, clock.clone()).await?;
         let opened_at = clock.now();
         let service = Arc::new(Self {
@@ -209,6 +235,7 @@ impl Service {
             bucket,
             clients,
             node,
+            nodes,
             clock,
             catalog,
             projects: RwLock::default(),
@@ -218,13 +245,16 @@ impl Service {
             opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
+            looked_at: tokio::sync::Mutex::default(),
             changed: Notify::new(),
+            left_behind: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         });
         service.open_projects().await?;
         service.adopt_computes().await;
+        service.claim_known().await;
         service.recover().await;
         service.prepare_template();
         Ok(service)
@@ -243,14 +273,32 @@ impl Service {
 
     async fn open_project(&self, id: ProjectId, name: ProjectName) -> Result<Project> {
         let ledger = Ledger::open(self.bucket.clone(), ledger_name(id), self.clock.clone()).await?;
-        Ok(Project { id, name, ledger, cells: Mutex::default(), driven: Mutex::default() })
+        Ok(Project {
+            id,
+            name,
+            node: self.nodes.me(),
+            term: AtomicU64::new(u64::MAX),
+            claiming: tokio::sync::Mutex::default(),
+            looked_at: tokio::sync::Mutex::default(),
+            ledger,
+            cells: Mutex::default(),
+            driven: Mutex::default(),
+        })
     }
 
-    /// Finds a branch by its address. Reads memory only.
+    /// Finds a branch by its address. Reads memory only, unless it is not there and another node may have made it.
     ///
     /// # Errors
     /// `NotFound` with the nearest names.
     pub async fn find(&self, endpoint: &EndpointName) -> Result<FoundEndpoint> {
+        match self.find_known(endpoint) {
+            Err(error) if !self.look_for(endpoint).await? => Err(error),
+            Err(_) => self.find_known(endpoint),
+            found => found,
+        }
+    }
+
+    fn find_known(&self, endpoint: &EndpointName) -> Result<FoundEndpoint> {
         let at = endpoint.branch_ref();
         let project = self.project(at.project.as_str())?;
         let (branch, _) = project.ledger.state().branch(at.branch.as_str()).map(|(id, found)| (id, found.line))?;
@@ -292,6 +340,11 @@ impl Service {
 
     fn all_projects(&self) -> Vec<Arc<Project>> {
         self.projects.read().values().cloned().collect()
+    }
+
+    /// The projects that this node acts for, as far as it knows.
+    fn own_projects(&self) -> Vec<Arc<Project>> {
+        self.projects.read().values().filter(|project| project.is_ours()).cloned().collect()
     }
 
     /// Refuses to begin what needs room on disk when there is little left.

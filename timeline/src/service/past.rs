@@ -25,7 +25,7 @@ impl Service {
         let mut late = BTreeSet::new();
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            for project in self.all_projects() {
+            for project in self.own_projects() {
                 let branches: Vec<BranchId> = project.ledger.state().branches.keys().copied().collect();
                 for branch in branches {
                     let status = match self.is_awake(&project, branch) {
@@ -54,7 +54,7 @@ impl Service {
 
     /// Deletes WAL from before the window of every branch.
     pub(super) async fn forget_wal(&self) {
-        for project in self.all_projects() {
+        for project in self.own_projects() {
             let state = project.ledger.state();
             for (&branch, known) in &state.branches {
                 // On each line the WAL from its oldest seal on is needed.

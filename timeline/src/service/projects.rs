@@ -82,7 +82,7 @@ impl Service {
         }
         let fresh = ProjectId::generate();
         // A taken name is told before anything slow (a template) is begun.
-        self.catalog.state().reserve(fresh, &request.name, caller.key.as_ref())?;
+        self.catalog.state().reserve(fresh, &request.name, caller.key.as_ref(), self.nodes.me())?;
         self.check_disk()?;
         let pg_major = self.node.pg_major(request.pg_major)?;
         let template = self.node.template(pg_major).await?;
@@ -90,7 +90,9 @@ impl Service {
         let _moving = Moving::new(self, fresh);
         let id = self
             .catalog
-            .append(&caller.actor, None, |catalog| Ok(catalog.reserve(fresh, &request.name, caller.key.as_ref())?))
+            .append(&caller.actor, None, |catalog| {
+                Ok(catalog.reserve(fresh, &request.name, caller.key.as_ref(), self.nodes.me())?)
+            })
             .await?;
         if id != fresh {
             return self.replayed_project(caller, id).await;
@@ -151,6 +153,7 @@ impl Service {
                 current: request.current.clone(),
                 verifier,
             },
+            Event::OwnerChanged { node: self.nodes.me(), epoch: 1 },
             branch(PROD),
             branch(DEV),
             Event::OperationDone,
@@ -159,6 +162,7 @@ impl Service {
         project.ledger.append(&caller.actor, Some(op), |_| Ok((events.clone(), ()))).await?;
         self.catalog.append(&caller.actor, None, |_| Ok((vec![CatalogEvent::Opened { project: id }], ()))).await?;
         let project = Arc::new(project);
+        self.keep_if_ours(&project);
         self.projects.write().insert(id, project.clone());
         self.layers_changed.notify_one();
         tracing::info!(project = %request.name, "project made");
@@ -268,6 +272,7 @@ impl Service {
     }
 
     async fn begin_delete(self: &Arc<Self>, caller: &Caller, project: &Arc<Project>) -> Result<()> {
+        self.claim(project).await?;
         let mut locks = Vec::new();
         for &branch in project.ledger.state().branches.keys() {
             locks.push(self.lock(&project.cell(branch)).await?);
@@ -278,10 +283,10 @@ impl Service {
             let branch = held.map(|branch| branch.name.clone()).ok_or(crate::Error::Lost("an operation"))?;
             return Err(Refusal::Busy { branch, act: operation.plan.act(), operation: *op }.into());
         }
-        let id = project.id;
+        let (id, node) = (project.id, self.nodes.me());
         self.catalog
             .append(&caller.actor, None, |catalog| match catalog.projects.get(&id).map(|listed| listed.standing) {
-                Some(Standing::Live) => Ok((vec![CatalogEvent::Deleting { project: id }], ())),
+                Some(Standing::Live) => Ok((vec![CatalogEvent::Deleting { project: id, node: Some(node) }], ())),
                 _ => Err(Refusal::NoProject { name: project.name.to_string(), near: Vec::new() }.into()),
             })
             .await?;
@@ -303,7 +308,6 @@ impl Service {
         }
         let plan = Box::new(Plan::DeleteProject { name: project.name.clone() });
         project
-            .ledger
             .append(actor, Some(OperationId::generate()), |state| {
                 if state.deleted || state.facts.is_none() {
                     return Ok((Vec::new(), ()));
@@ -360,6 +364,14 @@ impl Service {
             let Some(_moving) = Moving::new(self, id) else {
                 continue;
             };
+            match self.may_finish(listed.node).await {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    self.report("looking at another node's record", &error);
+                    continue;
+                }
+            }
             let known = self.projects.read().get(&id).cloned();
             let outcome = match (listed.standing, known) {
                 (Standing::Reserved, _) => self.settle_reserved(id, &listed.name).await,

@@ -68,6 +68,9 @@ impl Service {
                     self.upload_forever(),
                     self.collect_forever(),
                     self.watch_wal_forever(),
+                    self.keep_record_forever(),
+                    self.watch_record_forever(),
+                    self.look_at_others_forever(),
                 )
             } => {}
         }
@@ -87,7 +90,10 @@ impl Service {
     async fn mend_forever(self: &Arc<Self>) {
         loop {
             self.settle_heads().await;
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::select! {
+                () = self.left_behind.notified() => {}
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
             self.recover().await;
         }
     }
@@ -96,7 +102,7 @@ impl Service {
     fn look_at_computes(self: &Arc<Self>) -> Duration {
         let mut next = LOOK_EVERY;
         let mut awake = 0;
-        for project in self.all_projects() {
+        for project in self.own_projects() {
             for &branch in project.ledger.state().branches.keys() {
                 let cell = project.cell(branch);
                 let Some(observed) = self.observe(&project, branch, &cell) else {
@@ -162,7 +168,7 @@ impl Service {
 
     /// Seals and records what sleeping branches have beyond their recorded heads, so that it gets to the bucket.
     pub(super) async fn settle_heads(self: &Arc<Self>) {
-        for project in self.all_projects() {
+        for project in self.own_projects() {
             for &branch in project.ledger.state().branches.keys() {
                 let cell = project.cell(branch);
                 if cell.inner.lock().is_settled() {

@@ -78,6 +78,7 @@ impl Service {
         if let Some(replay) = self.replay_of(project, caller)? {
             return Ok(replay);
         }
+        self.claim(project).await?;
         let _ops = match held_by(project, &ask)? {
             Some(branch) => Some(self.lock(&project.cell(branch)).await?),
             None => None,
@@ -89,7 +90,6 @@ impl Service {
         let _driven = Driven::new(project, op);
         let command = Command::Begin { ask, fresh: self.fresh(), key: caller.key.clone() };
         let begun = project
-            .ledger
             .append(&caller.actor, Some(op), |state| {
                 if let Some(key) = &caller.key
                     && let Some(used) = state.key(key)?
@@ -200,7 +200,7 @@ impl Service {
     ) -> Result<()> {
         let found = self.perform(project, &operation.plan, step, fence).await?;
         let command = Command::Step { op, step, found };
-        project.ledger.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
+        project.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
         if let (Some(branch), Some(_)) = (operation.plan.holds(), found.sealed) {
             self.settle(project, branch);
         }
@@ -210,7 +210,7 @@ impl Service {
 
     async fn undo(&self, project: &Project, op: OperationId, why: String) -> Result<()> {
         let command = Command::Undo { op, why };
-        project.ledger.append("ebb", Some(op), |state| Ok((decide(state, &command)?, ()))).await
+        project.append("ebb", Some(op), |state| Ok((decide(state, &command)?, ()))).await
     }
 
     /// Removes what an operation that was given up, or is done, used besides the branches.
@@ -315,7 +315,7 @@ impl Service {
         let like = {
             let state = project.ledger.state();
             let facts = state.facts()?;
-            let data = Line { branch: replay.scratch, line: 0, head: replay.base };
+            let data = Line { branch: replay.scratch, line: 0, head: replay.base, epoch: state.epoch() };
             // What a restore brings back is the branch itself; everything else is a copy beside it.
             let fork = !matches!(plan, Plan::Restore { .. }) || state.branch_by_id(replay.branch)?.parent.is_some();
             let durability = Durability::Local;
@@ -357,18 +357,22 @@ impl Service {
     /// What fails is tried again later.
     pub(super) async fn recover(self: &Arc<Self>) {
         self.recover_catalog().await;
-        for project in self.all_projects() {
-            if let Err(error) = project.ledger.settle().await {
-                self.report("reading a ledger", &error);
+        for project in self.own_projects() {
+            self.recover_project(&project).await;
+        }
+        self.take_over_unfinished().await;
+    }
+
+    pub(super) async fn recover_project(self: &Arc<Self>, project: &Arc<Project>) {
+        if let Err(error) = project.ledger.settle().await {
+            return self.report("reading a ledger", &error);
+        }
+        for (op, operation) in &project.ledger.state().operations {
+            if project.driven.lock().contains(op) {
                 continue;
             }
-            for (op, operation) in &project.ledger.state().operations {
-                if project.driven.lock().contains(op) {
-                    continue;
-                }
-                if let Err(error) = self.recover_one(&project, *op, operation).await {
-                    self.report("recovering an operation", &error);
-                }
+            if let Err(error) = self.recover_one(project, *op, operation).await {
+                self.report("recovering an operation", &error);
             }
         }
     }

@@ -42,7 +42,19 @@ impl Service {
     /// The first failure, after all others were tried.
     pub(super) async fn upload_pending(&self) -> Result<()> {
         let wanted: Vec<LayerId> =
-            self.all_projects().iter().flat_map(|project| project.ledger.state().layers()).collect();
+            self.own_projects().iter().flat_map(|project| project.ledger.state().layers()).collect();
+        self.upload_all(wanted).await
+    }
+
+    /// Uploads what a project keeps, as far as it is local and not in the bucket yet.
+    ///
+    /// # Errors
+    /// As [`Service::upload_pending`].
+    pub(super) async fn upload_project(&self, project: &Project) -> Result<()> {
+        self.upload_all(project.ledger.state().layers().into_iter().collect()).await
+    }
+
+    async fn upload_all(&self, wanted: Vec<LayerId>) -> Result<()> {
         let mut failed = None;
         let mut pending = wanted.into_iter().filter(|layer| !self.uploaded.lock().contains(layer)).collect::<Vec<_>>();
         pending.sort_unstable();

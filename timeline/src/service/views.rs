@@ -170,6 +170,7 @@ impl Reader {
     fn on(&self, plan: &Plan) -> Option<String> {
         match plan {
             Plan::CreateProject { name } | Plan::DeleteProject { name } => Some(name.to_string()),
+            Plan::MoveProject { to } => Some(format!("to {to}")),
             Plan::CreateBranch { name, parent, .. } => Some(format!("{name} from {}@{}", parent.branch, parent.point)),
             Plan::CreateCheckpoint { branch, name, .. } | Plan::DeleteCheckpoint { branch, name } => {
                 self.branch_name(*branch).map(|branch| format!("{branch}@{name}"))

@@ -139,6 +139,7 @@ fn takes_away(event: &Event) -> bool {
         | Event::OperationDone
         | Event::OperationUndone { .. } => true,
         Event::ProjectCreated { .. }
+        | Event::OwnerChanged { .. }
         | Event::BranchCreated { .. }
         | Event::BranchChanged { .. }
         | Event::CheckpointCreated { .. }

@@ -317,8 +317,14 @@ async fn a_deleted_branch_that_a_node_still_has_goes() {
     new_branch(&service, "pr-1", "shop/prod").await.unwrap();
     let id = branch_id(&service, "pr-1").await;
     service.delete_branch(&caller(), "shop", "pr-1").await.unwrap();
-    let volume =
-        |line| crate::service::fake::FakeVolume { line, base: TEMPLATE, rows: Rows::new(), dirty: true, running: None };
+    let volume = |line| crate::service::fake::FakeVolume {
+        line,
+        epoch: 1,
+        base: TEMPLATE,
+        rows: Rows::new(),
+        dirty: true,
+        running: None,
+    };
     let strange = BranchId::for_test(5);
     rig.node.0.lock().volumes.extend([(id, volume(0)), (strange, volume(0))]);
     // What it lies on stays, though no ledger knows that either, and the bucket has it.

@@ -1,0 +1,222 @@
+//! Two nodes on one bucket, and what happens to them.
+
+use std::fs;
+
+use ebb_tests::{Node, kill, pg_bin, wait_for};
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use tempfile::TempDir;
+
+use crate::clients::{Accounts, Finals};
+
+/// Long enough for a busy machine to renew a record in time, short enough to wait for.
+const TTL: &str = "3s";
+
+const NAMES: [&str; 2] = ["a", "b"];
+
+/// The nodes. The bucket outlives them.
+pub struct Cluster {
+    nodes: Vec<Node>,
+    bucket: TempDir,
+    key: Vec<u8>,
+    /// Processes that were stopped and will be let go on.
+    paused: Vec<u32>,
+    /// The node whose server was killed and will be started again.
+    down: Option<usize>,
+    url: String,
+    doors: Vec<u16>,
+}
+
+impl Cluster {
+    pub fn start() -> Self {
+        let bucket = tempfile::tempdir().expect("a directory for the bucket");
+        let mut cluster = Self {
+            nodes: Vec::new(),
+            bucket,
+            key: Vec::new(),
+            paused: Vec::new(),
+            down: None,
+            url: String::new(),
+            doors: Vec::new(),
+        };
+        for at in 0..NAMES.len() {
+            let node = cluster.node(at);
+            cluster.key = fs::read(node.data().join("secret.key")).expect("a node has a key");
+            cluster.doors.push(node.proxy_port);
+            cluster.nodes.push(node);
+        }
+        cluster
+    }
+
+    /// A node without anything but the key; in the place of a lost one it has its ports.
+    fn node(&self, at: usize) -> Node {
+        let mut node = Node::prepare().bucket(self.bucket.path());
+        node = node.env("EBB_NODE_NAME", NAMES[at]).env("EBB_NODE_TTL", TTL);
+        if let Some(port) = self.doors.get(at) {
+            node.proxy_port = *port;
+        }
+        if !self.key.is_empty() {
+            fs::create_dir_all(node.data()).expect("a data directory can be made");
+            let path = node.data().join("secret.key");
+            fs::write(&path, &self.key).expect("a key can be written");
+            let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+            fs::set_permissions(&path, private).expect("a key can be made private");
+        }
+        node.serve();
+        node
+    }
+
+    /// Makes the branch, its tables, and what is in them.
+    pub fn prepare(&mut self, lists: i64, accounts: i64) {
+        let node = &self.nodes[0];
+        node.ok(&["project", "create", "shop"]);
+        node.ok(&["branch", "set", "shop/prod", "--durability", "bucket"]);
+        node.psql(
+            "shop/prod",
+            &format!(
+                "create table lists (list bigint primary key, items bigint[] not null default '{{}}'); \
+                 insert into lists select n from generate_series(0, {lists} - 1) n; \
+                 create table accounts (account bigint primary key, money bigint not null); \
+                 insert into accounts select n, 100 from generate_series(0, {accounts} - 1) n"
+            ),
+        );
+        self.url = node.url("shop/prod");
+    }
+
+    /// The URLs by which clients go in.
+    pub fn doors(&self) -> Vec<String> {
+        let by = |port: &u16| self.url.replace(&format!(":{}/", self.doors[0]), &format!(":{port}/"));
+        self.doors.iter().map(by).collect()
+    }
+
+    /// The node that owns the project, if it is known, and awake there.
+    fn owner(&self) -> Option<usize> {
+        (0..self.nodes.len()).find(|&at| {
+            let dir = self.nodes[at].data().join("branches");
+            let units = fs::read_dir(dir).into_iter().flatten().flatten();
+            units.into_iter().any(|entry| unit_of(&entry.path()).is_some())
+        })
+    }
+
+    fn units(&self, at: usize) -> Vec<u32> {
+        let dir = self.nodes[at].data().join("branches");
+        fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| unit_of(&entry.path())).collect()
+    }
+
+    /// Does something to the nodes; answers what.
+    pub fn fault(&mut self, rng: &mut StdRng) -> String {
+        let any = rng.random_range(0..self.nodes.len());
+        let owner = self.owner().unwrap_or(any);
+        let other = 1 - owner;
+        match rng.random_range(0..8) {
+            0 => {
+                let pids = postgres_of(&self.nodes[owner]);
+                if let Some(pid) = pids.get(rng.random_range(0..pids.len().max(1))) {
+                    kill("KILL", *pid);
+                }
+                format!("killed a process of Postgres on {}", NAMES[owner])
+            }
+            1 => {
+                self.units(owner).into_iter().for_each(|unit| kill("KILL", unit));
+                format!("killed the unit on {}", NAMES[owner])
+            }
+            2 => {
+                self.nodes[any].kill_server();
+                self.down = Some(any);
+                format!("killed the server of {}", NAMES[any])
+            }
+            3 | 4 => {
+                self.lose(owner);
+                format!("lost {} with its disk", NAMES[owner])
+            }
+            5 => {
+                // Long enough to be taken for dead; it is alive after all.
+                self.paused = [vec![self.nodes[owner].server_pid()], self.units(owner)].concat();
+                self.paused.iter().for_each(|pid| kill("STOP", *pid));
+                format!("paused {}", NAMES[owner])
+            }
+            6 => {
+                let moved = self.nodes[any].ebb(&["compute", "move", "shop", "--to", NAMES[other]]);
+                format!("moved to {}: {}", NAMES[other], moved.code)
+            }
+            _ => {
+                let asleep = self.nodes[any].ebb(&["compute", "suspend", "shop/prod"]);
+                format!("suspended: {}", asleep.code)
+            }
+        }
+    }
+
+    fn lose(&mut self, at: usize) {
+        let mut lost = self.nodes.remove(at);
+        lost.kill_server();
+        while let [(pid, _), ..] = lost.processes()[..] {
+            kill("KILL", pid);
+            wait_for("a killed process to end", || !lost.processes().iter().any(|(other, _)| *other == pid));
+        }
+        drop(lost);
+        let fresh = self.node(at);
+        self.nodes.insert(at, fresh);
+    }
+
+    /// Undoes what does not pass by itself.
+    pub fn heal(&mut self) {
+        self.paused.drain(..).for_each(|pid| kill("CONT", pid));
+        if let Some(at) = self.down.take() {
+            self.nodes[at].serve();
+        }
+    }
+
+    /// What the lists hold in the end.
+    pub fn finals(&self) -> Finals {
+        self.wake();
+        let rows = self.nodes[0].psql("shop/prod", "select list, array_to_string(items, ' ') from lists");
+        let numbers = |text: &str| text.split_whitespace().map(|n| n.parse().expect("a number")).collect();
+        rows.lines()
+            .map(|row| row.split_once('|').expect("two columns"))
+            .map(|(list, items)| (list.parse().expect("a number"), numbers(items)))
+            .collect()
+    }
+
+    fn wake(&self) {
+        wait_for("the branch to wake", || self.nodes[0].ebb(&["compute", "wake", "shop/prod"]).code == 0);
+    }
+
+    /// Postgres finds nothing wrong, nor does the ledger; nothing is left half-way.
+    pub fn judge(&self) {
+        let money = self.nodes[1].psql("shop/prod", "select sum(money) from accounts");
+        assert_eq!(money, Accounts::TOTAL.to_string());
+        self.wake();
+        let owner = self.owner().expect("an awake branch has an owner");
+        let check = ["--install-missing", "--heapallindexed", "-d", "app"];
+        let ran = self.nodes[owner].superuser_tool("shop/prod", "pg_amcheck", &check);
+        assert_eq!((ran.code, ran.stdout.as_str()), (0, ""), "{} ({:?})", ran.stderr, pg_bin());
+        for node in &self.nodes {
+            assert_eq!(node.json(&["ledger", "verify", "shop"])["ok"], true);
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.paused.drain(..).for_each(|pid| kill("CONT", pid));
+    }
+}
+
+/// The unit that runs on a branch's directory.
+fn unit_of(dir: &std::path::Path) -> Option<u32> {
+    let pid: u32 = fs::read_to_string(dir.join("unit.pid")).ok()?.trim().parse().ok()?;
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+    line.contains(&*dir.to_string_lossy()).then_some(pid)
+}
+
+/// The Postgres processes of a node, by the mounts of their namespace.
+fn postgres_of(node: &Node) -> Vec<u32> {
+    let data = node.data().to_string_lossy().into_owned();
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &u32| {
+            let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            read("comm").trim() == "postgres" && read("mountinfo").contains(&data)
+        })
+        .collect()
+}

@@ -1,0 +1,91 @@
+use ebb_storage::object_store;
+use ebb_storage::object_store::faulty::{Faults, Faulty};
+use tempfile::TempDir;
+
+use super::*;
+
+const TTL: Duration = Duration::from_millis(400);
+
+async fn bucket() -> (TempDir, Bucket) {
+    let dir = tempfile::tempdir().unwrap();
+    let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+    (dir, bucket)
+}
+
+fn node(dir: &TempDir, name: &str, bucket: &Bucket) -> Nodes {
+    let data = dir.path().join(name);
+    fs::create_dir_all(&data).unwrap();
+    Nodes::open(&data, name.to_owned(), bucket.clone(), TTL).unwrap()
+}
+
+async fn is_alive(of: &Nodes, node: &Nodes) -> bool {
+    of.look().await.unwrap();
+    matches!(of.standing(node.me()).await.unwrap(), Standing::Alive(record) if record.name == node.name)
+}
+
+#[tokio::test]
+async fn a_node_is_alive_as_long_as_it_renews_its_record() {
+    let (dir, bucket) = bucket().await;
+    let (one, two) = (node(&dir, "one", &bucket), node(&dir, "two", &bucket));
+    assert!(!is_alive(&one, &two).await, "it never announced itself");
+    assert!(one.term().is_none() && !one.has_peers());
+    one.renew().await.unwrap();
+    two.set_addresses(Addresses { api: None, peer: Some("127.0.0.1:1".to_owned()) });
+    for _ in 0..6 {
+        two.renew().await.unwrap();
+        assert!(is_alive(&one, &two).await);
+        assert!(one.has_peers());
+        tokio::time::sleep(TTL / 3).await;
+    }
+    assert_eq!(one.alive()[0].peer.as_deref(), Some("127.0.0.1:1"));
+    // Of its own record a node knows first that it has expired.
+    while is_alive(&one, &two).await {
+        assert!(one.has_peers());
+    }
+    assert!(two.term().is_none() && !one.has_peers());
+    // It comes back, and knows that others may have taken over meanwhile.
+    two.renew().await.unwrap();
+    let first = two.term().unwrap();
+    two.renew().await.unwrap();
+    assert_eq!(two.term(), Some(first));
+    assert!(is_alive(&one, &two).await);
+    while two.term().is_some() {
+        tokio::time::sleep(TTL / 10).await;
+    }
+    two.renew().await.unwrap();
+    assert!(two.term().unwrap() > first);
+    two.stop().await.unwrap();
+    assert!(!is_alive(&one, &two).await, "it said that it was stopped");
+}
+
+#[tokio::test]
+async fn the_identifier_stays_and_another_run_is_seen_at_once() {
+    let (dir, bucket) = bucket().await;
+    let (one, two) = (node(&dir, "one", &bucket), node(&dir, "two", &bucket));
+    two.stop().await.unwrap();
+    assert!(!is_alive(&one, &two).await);
+    let again = node(&dir, "two", &bucket);
+    assert_eq!(again.me(), two.me());
+    again.renew().await.unwrap();
+    assert!(is_alive(&one, &again).await);
+    fs::write(dir.path().join("two/node-id"), "br_1").unwrap();
+    Nodes::open(&dir.path().join("two"), "two".to_owned(), bucket.clone(), TTL).unwrap_err();
+}
+
+#[tokio::test]
+async fn who_cannot_look_keeps_what_it_knew_of_others() {
+    let (dir, bucket) = bucket().await;
+    let faulty = std::sync::Arc::new(Faulty::new(bucket.clone(), Faults::default()));
+    let (one, two) = (node(&dir, "one", &(faulty.clone() as Bucket)), node(&dir, "two", &bucket));
+    one.renew().await.unwrap();
+    two.renew().await.unwrap();
+    one.look().await.unwrap();
+    assert!(one.has_peers());
+    faulty.cut_off(true);
+    one.look().await.unwrap_err();
+    one.renew().await.unwrap_err();
+    while one.term().is_some() {
+        tokio::time::sleep(TTL / 10).await;
+    }
+    assert!(one.has_peers(), "it cannot know that the other is gone");
+}

@@ -1,0 +1,277 @@
+//! Nodes on one bucket, each a machine in memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ebb_storage::object_store::Bucket;
+use ebb_storage::object_store::faulty::{Faults, Faulty};
+use ebb_types::{BranchId, ErrorKind};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::ServiceConfig;
+use crate::api::types as api;
+use crate::service::fake::Rig;
+
+const TTL: Duration = Duration::from_millis(600);
+
+fn caller() -> Caller {
+    Caller { actor: "test".to_owned(), key: None }
+}
+
+/// Another machine on the same bucket.
+async fn beside(rig: &Rig) -> Rig {
+    let other = Rig::new().await;
+    other.node.0.lock().bucket = Some(rig.bucket.clone());
+    Rig { bucket: rig.bucket.clone(), ..other }
+}
+
+async fn open(rig: &Rig, name: &str) -> Arc<Service> {
+    open_on(rig, name, rig.bucket.clone()).await
+}
+
+async fn open_on(rig: &Rig, name: &str, bucket: Bucket) -> Arc<Service> {
+    let config = ServiceConfig { node_name: name.to_owned(), node_ttl: TTL, ..rig.config() };
+    let (clients, node) = (rig.clients.clone(), Arc::new(rig.node.clone()));
+    Service::open_on(config, bucket, clients, node, Arc::new(ebb_types::SystemClock)).await.unwrap()
+}
+
+async fn create(service: &Arc<Service>) -> BranchId {
+    let request = api::CreateProject { name: "shop".parse().unwrap(), current: None, pg_major: None };
+    service.create_project(&caller(), request).await.unwrap();
+    service.branch("shop", "prod").await.unwrap().id
+}
+
+async fn write(rig: &Rig, service: &Arc<Service>, branch: BranchId, row: &str) {
+    service.wake(branch).await.unwrap();
+    rig.node.write(branch, row);
+}
+
+async fn rows(rig: &Rig, service: &Arc<Service>, branch: BranchId) -> Vec<String> {
+    service.wake(branch).await.unwrap();
+    rig.node.rows(branch).into_iter().collect()
+}
+
+async fn checkpoint(service: &Arc<Service>, name: &str) -> Result<()> {
+    let request = api::CreateCheckpoint { name: name.parse().unwrap() };
+    service.create_checkpoint(&caller(), "shop", "prod", request).await.map(drop)
+}
+
+/// Waits until a node, which renews its own record, has seen another's expire.
+async fn until_gone(service: &Arc<Service>, branch: BranchId) {
+    while service.place(branch).await.unwrap() != Place::Nowhere {
+        service.nodes.renew().await.unwrap();
+        tokio::time::sleep(TTL / 20).await;
+    }
+}
+
+fn owner(service: &Arc<Service>) -> Owner {
+    service.project("shop").unwrap().ledger.state().owner.unwrap()
+}
+
+#[tokio::test]
+async fn a_node_that_is_gone_is_taken_over_and_can_do_nothing_when_it_comes_back() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    write(&rig, &old, prod, "kept").await;
+    checkpoint(&old, "c").await.unwrap();
+    old.upload_pending().await.unwrap();
+    rig.node.write(prod, "of the old node alone");
+
+    let other = beside(&rig).await;
+    let new = open(&other, "new").await;
+    assert!(matches!(new.place(prod).await.unwrap(), Place::There(record) if record.name == "old"));
+    let refused = checkpoint(&new, "d").await.unwrap_err();
+    assert!(refused.is_elsewhere() && refused.kind() == ErrorKind::Fenced, "{refused:?}");
+    assert!(new.wake(prod).await.unwrap_err().is_elsewhere());
+    assert_eq!(other.node.0.lock().starts, 0);
+
+    until_gone(&new, prod).await;
+    assert_eq!(rows(&other, &new, prod).await, ["kept"]);
+    assert_eq!(owner(&new), Owner { node: new.node_id(), epoch: 2, since: owner(&new).since });
+    new.nodes.renew().await.unwrap();
+
+    // The old one was only cut off. It notices at the next thing it tries, and whatever it has ends.
+    assert!(checkpoint(&old, "e").await.unwrap_err().is_elsewhere());
+    old.nodes.renew().await.unwrap();
+    assert!(old.wake(prod).await.unwrap_err().is_elsewhere());
+    while rig.node.is_running(prod) || !rig.clients.lost.lock().unwrap().iter().any(|(branch, _)| *branch == prod) {
+        // By the wake's refusal; what it refreshes anyway while something is awake would find it, too.
+        old.look_at_awake().await;
+        tokio::task::yield_now().await;
+    }
+    assert!(matches!(old.place(prod).await.unwrap(), Place::There(record) if record.name == "new"));
+    // What was never in the bucket is of a history that is not the branch's.
+    old.nodes.renew().await.unwrap();
+    new.nodes.renew().await.unwrap();
+    new.nodes.look().await.unwrap();
+    new.move_project(&caller(), "shop", "old").await.unwrap();
+    old.nodes.renew().await.unwrap();
+    assert_eq!(rows(&rig, &old, prod).await, ["kept"]);
+}
+
+#[tokio::test]
+async fn of_many_that_take_over_at_once_one_does() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    rig.kill(old).await;
+    let mut others = Vec::new();
+    for n in 0..5 {
+        let other = beside(&rig).await;
+        let service = open(&other, &format!("n{n}")).await;
+        others.push((other, service));
+    }
+    for (_, service) in &others {
+        service.nodes.look().await.unwrap();
+        until_gone(service, prod).await;
+        service.nodes.renew().await.unwrap();
+    }
+    let wakes = others.iter().map(|(_, service)| service.wake(prod));
+    let outcomes = futures::future::join_all(wakes).await;
+    let (won, lost): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
+    assert_eq!(won.len(), 1, "{lost:?}");
+    assert!(lost.into_iter().all(|error| error.unwrap_err().is_elsewhere()));
+    let starts: u64 = others.iter().map(|(other, _)| other.node.0.lock().starts).sum();
+    assert_eq!(starts, 1);
+}
+
+#[tokio::test]
+async fn what_a_dead_node_had_begun_is_finished_by_another() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    write(&rig, &old, prod, "a").await;
+    checkpoint(&old, "c").await.unwrap();
+    old.upload_pending().await.unwrap();
+    // Its plan is recorded, and its process killed.
+    let project = old.project("shop").unwrap();
+    let fresh = old.fresh();
+    let ask = crate::decide::Ask::CreateCheckpoint { branch: "prod".to_owned(), name: "d".parse().unwrap() };
+    let command = crate::decide::Command::Begin { ask, fresh, key: None };
+    let begun = |state: &ProjectState| Ok((crate::decide::decide(state, &command)?, ()));
+    project.append("test", Some(OperationId::generate()), begun).await.unwrap();
+    rig.kill(old).await;
+
+    let other = beside(&rig).await;
+    let new = open(&other, "new").await;
+    new.take_over_unfinished().await;
+    assert_eq!(owner(&new).epoch, 1, "it is not known to be dead yet");
+    until_gone(&new, prod).await;
+    new.take_over_unfinished().await;
+    assert_eq!(owner(&new).node, new.node_id());
+    new.recover().await;
+    assert!(new.project("shop").unwrap().ledger.state().operations.is_empty());
+}
+
+#[tokio::test]
+async fn a_project_is_handed_over_and_back_with_all_that_it_has() {
+    let rig = Rig::new().await;
+    let (one, other) = (open(&rig, "one").await, beside(&rig).await);
+    let prod = create(&one).await;
+    let two = open(&other, "two").await;
+    one.nodes.look().await.unwrap();
+    let mut expect = Vec::new();
+    for round in 0..3 {
+        for (at, from, to, node) in [(&rig, &one, &two, "two"), (&other, &two, &one, "one")] {
+            for service in [&one, &two] {
+                service.nodes.renew().await.unwrap();
+            }
+            for service in [&one, &two] {
+                service.nodes.look().await.unwrap();
+            }
+            let row = format!("{round} on its way to {node}");
+            write(at, from, prod, &row).await;
+            expect.push(row);
+            let generation = from.wake(prod).await.unwrap().generation;
+            assert_eq!(from.move_project(&caller(), "shop", node).await.unwrap(), to.node_id());
+            assert!(!at.node.is_running(prod) && at.clients.fenced.lock().unwrap().is_empty());
+            assert!(matches!(from.place(prod).await.unwrap(), Place::There(record) if record.name == node));
+            let there = if node == "two" { &other } else { &rig };
+            let mut sorted = expect.clone();
+            sorted.sort();
+            assert_eq!(rows(there, to, prod).await, sorted);
+            assert!(to.wake(prod).await.unwrap().generation > generation, "later owners' computes count as later");
+        }
+    }
+    assert_eq!(owner(&one).epoch, 7);
+    let unknown = one.move_project(&caller(), "shop", "tow").await.unwrap_err();
+    assert_eq!(
+        (unknown.kind(), ebb_types::Hint::hint(&unknown).as_deref()),
+        (ErrorKind::NotFound, Some("Did you mean two?"))
+    );
+    assert_eq!(one.project("shop").unwrap().ledger.verify().await.unwrap().fault, None);
+}
+
+#[tokio::test]
+async fn a_node_that_is_cut_off_stops_everything_unless_it_is_alone() {
+    let rig = Rig::new().await;
+    let faulty = Arc::new(Faulty::new(rig.bucket.clone(), Faults::default()));
+    let service = open_on(&rig, "cut off", faulty.clone()).await;
+    let prod = create(&service).await;
+    let stop = CancellationToken::new();
+    let run = tokio::spawn({
+        let (service, stop) = (service.clone(), stop.clone());
+        async move { service.run(stop).await }
+    });
+    write(&rig, &service, prod, "a").await;
+    faulty.cut_off(true);
+    while service.nodes.term().is_some() {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    tokio::time::sleep(TTL).await;
+    service.wake(prod).await.unwrap();
+    write(&rig, &service, prod, "alone").await;
+    faulty.cut_off(false);
+
+    let other = beside(&rig).await;
+    let peer = open(&other, "peer").await;
+    while !service.nodes.has_peers() || service.nodes.term().is_none() {
+        peer.nodes.renew().await.unwrap();
+        tokio::time::sleep(TTL / 20).await;
+    }
+    faulty.cut_off(true);
+    while rig.node.is_running(prod) {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    assert!(matches!(service.wake(prod).await, Err(Error::Shared(error)) if matches!(*error, Error::Isolated)));
+    // Nobody took over meanwhile: it goes on with what it has.
+    faulty.cut_off(false);
+    while service.nodes.term().is_none() {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    assert_eq!(rows(&rig, &service, prod).await, ["a", "alone"]);
+    stop.cancel();
+    run.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_another_node_makes_and_deletes_is_seen() {
+    let rig = Rig::new().await;
+    let (one, other) = (open(&rig, "one").await, beside(&rig).await);
+    let two = open(&other, "two").await;
+    let stop = CancellationToken::new();
+    let run = tokio::spawn({
+        let (two, stop) = (two.clone(), stop.clone());
+        async move { two.run(stop).await }
+    });
+    let prod = create(&one).await;
+    let endpoint = "prod--shop".parse().unwrap();
+    let found = loop {
+        one.nodes.renew().await.unwrap();
+        match two.find(&endpoint).await {
+            Ok(found) => break found,
+            Err(_) => tokio::time::sleep(TTL / 20).await,
+        }
+    };
+    assert_eq!(found.branch, prod);
+    assert!(matches!(two.place(prod).await.unwrap(), Place::There(_)));
+    one.delete_project(&caller(), "shop", Some("shop")).await.unwrap();
+    while two.find(&endpoint).await.is_ok() {
+        one.nodes.renew().await.unwrap();
+        tokio::time::sleep(TTL / 20).await;
+    }
+    stop.cancel();
+    run.await.unwrap();
+}
