@@ -127,6 +127,9 @@ pub enum Refusal {
         /// Advice.
         advice: String,
     },
+    /// No import of that identifier is known to this service.
+    #[error("there is no import {0} that was begun since the service started")]
+    NoImport(OperationId),
     /// A field of the request makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -143,7 +146,8 @@ impl Refusal {
             | Refusal::NoBranch { .. }
             | Refusal::Gone(_)
             | Refusal::NoCheckpoint { .. }
-            | Refusal::NoRelease { .. } => ErrorKind::NotFound,
+            | Refusal::NoRelease { .. }
+            | Refusal::NoImport(_) => ErrorKind::NotFound,
             Refusal::Taken { .. }
             | Refusal::KeyReused(_)
             | Refusal::StillRunning { .. }
@@ -173,6 +177,9 @@ impl Hint for Refusal {
             Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
             Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),
             Refusal::Unconfirmed(name) => Some(format!("Repeat the request with confirm={name}.")),
+            Refusal::NoImport(_) => {
+                Some("One that was interrupted is undone. What became of it: ebb ledger list PROJECT.".to_owned())
+            }
             Refusal::Gone(_) | Refusal::Invalid(_) | Refusal::TooLate(_) => None,
         }
     }
@@ -347,6 +354,7 @@ impl Hint for Error {
             Error::Compute(ebb_compute::Error::NoPostgres { .. }) => {
                 Some("Install a Postgres server (Debian: apt-get install postgresql-15), or set EBB_PG_BIN.".to_owned())
             }
+            Error::Compute(compute @ ebb_compute::Error::Import { .. }) => compute.hint(),
             Error::Shared(error) => error.hint(),
             error if error.kind() == ErrorKind::Unavailable => Some("Try again in a few seconds.".to_owned()),
             _ => None,

@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod imports;
 #[cfg(test)]
 pub(crate) mod fake;
 mod past;
@@ -142,6 +143,7 @@ pub struct Service {
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
+    imports: imports::Imports,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// A layer was recorded that may have to be uploaded.
@@ -199,6 +201,7 @@ impl Service {
         std::fs::create_dir_all(&config.data_dir).on("create", &config.data_dir)?;
         // What was being made when the last service ended is of no use to anyone.
         crate::files::remove_dir(&config.data_dir.join("tmp"))?;
+        crate::node::remove_import_stages(&config.data_dir).await?;
         let secrets = SecretStore::open(&config.data_dir, bucket.clone())?;
         let artifacts = Artifacts::new(&config.data_dir, bucket.clone());
         artifacts.sweep()?;
@@ -218,6 +221,7 @@ impl Service {
             opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
+            imports: imports::Imports::default(),
             changed: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),
