@@ -38,10 +38,24 @@ impl Stock {
         let mut stock = Self::empty(&pg_bin());
         let password = stock.dir.path().join("password");
         fs::write(&password, "s3cret\n").expect("a file can be written");
-        stock.run_unprivileged("initdb", &[&[
-            "--no-sync", "--auth-host=scram-sha-256", "--auth-local=trust", "-U", superuser, "--pwfile",
-            text(&password), "-D", text(&stock.data()),
-        ], initdb].concat());
+        stock.run_unprivileged(
+            "initdb",
+            &[
+                &[
+                    "--no-sync",
+                    "--auth-host=scram-sha-256",
+                    "--auth-local=trust",
+                    "-U",
+                    superuser,
+                    "--pwfile",
+                    text(&password),
+                    "-D",
+                    text(&stock.data()),
+                ],
+                initdb,
+            ]
+            .concat(),
+        );
         stock.begin();
         stock
     }

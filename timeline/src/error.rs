@@ -254,7 +254,15 @@ pub enum Error {
     Storage(#[from] ebb_storage::Error),
     /// A compute failed.
     #[error("the compute failed")]
-    Compute(#[from] ebb_compute::Error),
+    Compute(#[source] ebb_compute::Error),
+    /// What is to be imported, or exported, cannot be.
+    #[error("{why}")]
+    Import {
+        /// What is wrong with it.
+        why: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// Something took longer than allowed.
     #[error("{0} took too long")]
     Deadline(&'static str),
@@ -282,13 +290,22 @@ pub enum Error {
     Shared(Arc<Error>),
 }
 
+impl From<ebb_compute::Error> for Error {
+    fn from(error: ebb_compute::Error) -> Self {
+        match error {
+            ebb_compute::Error::Import { why, hint } => Error::Import { why, hint },
+            error => Error::Compute(error),
+        }
+    }
+}
+
 impl Error {
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Refused(refusal) => refusal.kind(),
             Error::Ledger { .. } => ErrorKind::Corrupt,
-            Error::Migration { .. } => ErrorKind::Invalid,
+            Error::Migration { .. } | Error::Import { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
             Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping | Error::Postgres(_) => {
                 ErrorKind::Unavailable
@@ -354,7 +371,7 @@ impl Hint for Error {
             Error::Compute(ebb_compute::Error::NoPostgres { .. }) => {
                 Some("Install a Postgres server (Debian: apt-get install postgresql-15), or set EBB_PG_BIN.".to_owned())
             }
-            Error::Compute(compute @ ebb_compute::Error::Import { .. }) => compute.hint(),
+            Error::Import { hint, .. } => hint.clone(),
             Error::Shared(error) => error.hint(),
             error if error.kind() == ErrorKind::Unavailable => Some("Try again in a few seconds.".to_owned()),
             _ => None,

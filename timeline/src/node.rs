@@ -37,9 +37,9 @@ mod import;
 mod pending;
 mod replay;
 
-pub use import::{ImportFrom, ImportJob, ImportRequest};
 pub(crate) use dump::remove_unfinished_dump;
 pub(crate) use import::remove_import_stages;
+pub use import::{ImportFrom, ImportJob, ImportRequest};
 
 /// SCRAM verifiers by role; `None` for a role without a password.
 pub type Roles = BTreeMap<String, Option<String>>;

@@ -69,7 +69,8 @@ pub fn look(source: &Path) -> Result<Found> {
         return refuse("is not a Postgres data directory: it has no PG_VERSION", hint);
     }
     if let Some(pid) = running(source)? {
-        let hint = "Stop Postgres, import from a snapshot or a copy, or import over the network with --from postgres://….";
+        let hint =
+            "Stop Postgres, import from a snapshot or a copy, or import over the network with --from postgres://….";
         return refuse(&format!("is in use by a running Postgres (process {pid})"), hint);
     }
     let info = pg_files::read_image_info(source).map_err(|error| Error::Import {

@@ -51,9 +51,8 @@ impl Dump {
     /// # Errors
     /// [`Error::Import`] if it is nothing that pg_dump writes.
     pub fn look(path: &Path) -> Result<Self> {
-        let refuse = |why: &str, hint: &str| {
-            Err(Error::Import { why: format!("{path:?} {why}"), hint: Some(hint.to_owned()) })
-        };
+        let refuse =
+            |why: &str, hint: &str| Err(Error::Import { why: format!("{path:?} {why}"), hint: Some(hint.to_owned()) });
         let meta = match fs::metadata(path) {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -174,7 +173,10 @@ async fn restore_archive(dump: &Dump, to: At<'_>, host: &Host, progress: &Progre
         if complaint.is_none() && line.contains("error:") {
             complaint = Some(line.to_owned());
         }
-        if ["creating ", "processing data for ", "executing "].iter().any(|act| line.contains(&format!("pg_restore: {act}"))) {
+        if ["creating ", "processing data for ", "executing "]
+            .iter()
+            .any(|act| line.contains(&format!("pg_restore: {act}")))
+        {
             progress.add(1);
         }
     });
@@ -254,7 +256,10 @@ async fn restore_plain(dump: &Dump, to: At<'_>, host: &Host, progress: &Progress
                 "psql {} has no restricted mode, without which a plain dump could run any program",
                 to.installation.version
             ),
-            hint: Some("Install a current minor release of Postgres, or make the dump with pg_dump --format=custom.".to_owned()),
+            hint: Some(
+                "Install a current minor release of Postgres, or make the dump with pg_dump --format=custom."
+                    .to_owned(),
+            ),
         });
     }
     progress.begin(Phase::Restoring, Counted::Bytes, Some(dump.bytes));
@@ -291,7 +296,9 @@ async fn restore_plain(dump: &Dump, to: At<'_>, host: &Host, progress: &Progress
     }
     fed?;
     if passed_over > 0 {
-        progress.note(format!("{passed_over} statements about owners, grants and publications did not apply here"));
+        progress.note(format!(
+            "{passed_over} statements about owners, grants, publications or event triggers did not apply here"
+        ));
     }
     Ok(())
 }
@@ -321,13 +328,14 @@ fn feed(dump: &Dump, input: File, passable: &Passable, progress: &Progress, fail
         progress.add(read as u64);
         let text = String::from_utf8_lossy(&line[..line.len().min(LOOKED_AT)]);
         let text = text.trim_end().to_owned();
+        let is_end = line.trim_ascii_end().ends_with(b";");
         if in_preamble && let Some(named) = text.strip_prefix(r"\restrict ") {
             key = Some(format!(r"\unrestrict {}", named.trim()));
             line = b"\n".to_vec();
         } else if key.as_deref() == Some(text.as_str()) {
             line = b"\n".to_vec();
         } else {
-            passable.note(number, &text);
+            passable.note(number, &text, is_end);
         }
         in_preamble &= text.is_empty() || text.starts_with("--") || text.starts_with(r"\restrict ");
         if !gone(input.write_all(&line))? {
@@ -350,7 +358,17 @@ fn error_in(line: &str) -> Option<(u64, &str)> {
 
 /// Lines of a plain dump with a statement that may fail.
 #[derive(Debug, Clone, Default)]
-struct Passable(Arc<Mutex<Vec<(u64, Why)>>>);
+struct Passable(Arc<Mutex<Noted>>);
+
+#[derive(Debug, Default)]
+struct Noted {
+    lines: Vec<(u64, Why)>,
+    /// The statement on the last line goes on, for so many lines at most.
+    open: Option<(Why, u32)>,
+}
+
+/// LIMIT: what pg_dump writes about rights has a line; about event triggers two or three.
+const LINES_MAX: u32 = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Why {
@@ -361,26 +379,30 @@ enum Why {
 }
 
 impl Passable {
-    fn note(&self, number: u64, line: &str) {
+    fn note(&self, number: u64, line: &str, is_end: bool) {
         let starts = |words: &[&str]| words.iter().any(|word| line.starts_with(word));
         let is_owner = line.starts_with("ALTER ") && line.contains(" OWNER TO ");
-        let off = ["CREATE PUBLICATION ", "ALTER PUBLICATION ", "CREATE SUBSCRIPTION ", "ALTER SUBSCRIPTION "];
-        let rights = is_owner
-            || starts(&["GRANT ", "REVOKE ", "ALTER DEFAULT PRIVILEGES ", "COMMENT ON EXTENSION ", "COMMENT ON PUBLICATION "])
-            || starts(&off)
-            || starts(&["COMMENT ON SUBSCRIPTION "]);
-        let why = match (rights, line.starts_with("SET ")) {
-            (true, _) => Why::Rights,
-            (false, true) => Why::Setting,
-            (false, false) => return,
+        let off = ["PUBLICATION ", "SUBSCRIPTION ", "EVENT TRIGGER "];
+        let is_off = ["CREATE ", "ALTER ", "COMMENT ON "]
+            .iter()
+            .any(|act| line.strip_prefix(act).is_some_and(|rest| off.iter().any(|what| rest.starts_with(what))));
+        let rights =
+            is_owner || is_off || starts(&["GRANT ", "REVOKE ", "ALTER DEFAULT PRIVILEGES ", "COMMENT ON EXTENSION "]);
+        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (why, lines) = match (rights, line.starts_with("SET "), noted.open) {
+            (true, _, _) => (Why::Rights, 1),
+            (false, true, _) => (Why::Setting, 1),
+            (false, false, Some((why, lines))) => (why, lines + 1),
+            (false, false, None) => return,
         };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((number, why));
+        noted.lines.push((number, why));
+        noted.open = (!is_end && lines < LINES_MAX).then_some((why, lines));
     }
 
     fn covers(&self, number: u64, said: &str) -> bool {
         let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Ok(at) = noted.binary_search_by_key(&number, |(number, _)| *number) else { return false };
-        match noted[at].1 {
+        let Ok(at) = noted.lines.binary_search_by_key(&number, |(number, _)| *number) else { return false };
+        match noted.lines[at].1 {
             Why::Rights => true,
             Why::Setting => said.contains("unrecognized configuration parameter"),
         }
@@ -399,9 +421,14 @@ mod tests {
             (3, "CREATE TABLE public.u ();"),
             (4, "SET transaction_timeout = 0;"),
             (5, "GRANT SELECT ON TABLE public.t TO bob;"),
+            (7, "CREATE EVENT TRIGGER watches ON ddl_command_end"),
+            (8, "   EXECUTE FUNCTION public.on_ddl();"),
+            (9, "CREATE TABLE public.v ();"),
         ] {
-            passable.note(number, line);
+            passable.note(number, line, line.ends_with(';'));
         }
+        assert!(passable.covers(8, "ERROR:  permission denied to create event trigger \"watches\""));
+        assert!(!passable.covers(9, "ERROR:  x"));
         assert!(passable.covers(2, "ERROR:  role \"bob\" does not exist"));
         assert!(!passable.covers(3, "ERROR:  x"));
         assert!(passable.covers(4, "ERROR:  unrecognized configuration parameter \"transaction_timeout\""));

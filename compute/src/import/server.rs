@@ -72,7 +72,8 @@ impl Server {
     pub fn start(installation: &Installation, stage: &Stage, begin: Begin) -> Result<Self> {
         let user = RunAs::find()?;
         let at = Surroundings { name: "import", run: Path::new(RUN), shipped: None };
-        for (name, text) in [("postgresql.conf", config::file(&at, &settings())), ("pg_hba.conf", config::HBA.to_owned())]
+        for (name, text) in
+            [("postgresql.conf", config::file(&at, &settings())), ("pg_hba.conf", config::HBA.to_owned())]
         {
             let path = stage.run().join(name);
             fs::write(&path, text).on("write", &path)?;

@@ -132,7 +132,8 @@ async fn settle_database(server: &Server, database: &str, progress: &Progress) -
 }
 
 async fn tell_closed(client: &Client, progress: &Progress) -> Result<()> {
-    const CLOSED: &str = "SELECT string_agg(datname, ', ') FROM pg_database WHERE NOT datallowconn AND NOT datistemplate";
+    const CLOSED: &str =
+        "SELECT string_agg(datname, ', ') FROM pg_database WHERE NOT datallowconn AND NOT datistemplate";
     if let Some(closed) = one(client, CLOSED).await? {
         progress.note(format!("databases {closed} allow no connections and were not looked into"));
     }

@@ -85,7 +85,9 @@ impl Stage {
         }
         Err(Error::Import {
             why: format!("the import needs about {} MiB of disk, and {} MiB are free", wanted >> 20, free >> 20),
-            hint: Some("An import is on the node twice for a while: as files, and as the layer made of them.".to_owned()),
+            hint: Some(
+                "An import is on the node twice for a while: as files, and as the layer made of them.".to_owned(),
+            ),
         })
     }
 

@@ -101,7 +101,8 @@ impl Ended {
 
     /// The first line of the last ones in which it complains, or the last one.
     pub fn complaint(&self) -> String {
-        let is_complaint = |line: &&String| ["error:", "ERROR:", "FATAL:", "PANIC:"].iter().any(|tag| line.contains(tag));
+        let is_complaint =
+            |line: &&String| ["error:", "ERROR:", "FATAL:", "PANIC:"].iter().any(|tag| line.contains(tag));
         let found = self.tail.iter().find(is_complaint).or(self.tail.last());
         found.cloned().unwrap_or_else(|| format!("it ended with {:?} and said nothing", self.code))
     }

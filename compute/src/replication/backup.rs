@@ -84,7 +84,8 @@ impl Backup {
             }
         }
         if let Some(place) = spaces.iter().find_map(|(place, _)| place.as_ref()) {
-            let hint = "Move their tables first (ALTER TABLE … SET TABLESPACE pg_default) and drop them, or import a dump.";
+            let hint =
+                "Move their tables first (ALTER TABLE … SET TABLESPACE pg_default) and drop them, or import a dump.";
             let why = format!("the source has tablespaces ({place}), which are not supported");
             return Err(Error::Import { why, hint: Some(hint.to_owned()) }.into());
         }
@@ -98,7 +99,8 @@ impl Backup {
     pub async fn receive(mut self, into: &Path, progress: &Progress) -> Result<(Lsn, Connection), Failure> {
         let (pieces, incoming) = mpsc::channel(QUEUE);
         let (dir, counted) = (into.to_owned(), progress.clone());
-        let writing = tokio::task::spawn_blocking(move || unpack(Incoming { incoming, piece: Bytes::new() }, &dir, &counted));
+        let writing =
+            tokio::task::spawn_blocking(move || unpack(Incoming { incoming, piece: Bytes::new() }, &dir, &counted));
         let mut manifest = Vec::new();
         let end = self.pass_on(pieces, &mut manifest).await;
         let written = writing.await.unwrap_or(Err(Error::Cancelled));
@@ -120,7 +122,8 @@ impl Backup {
                 Message::CopyData(body) => {
                     let mut bytes = body.into_bytes();
                     if self.pg_major >= 15 {
-                        let kind = bytes.try_get_u8().map_err(|_| wire::Error::Unexpected("an empty piece of a backup"))?;
+                        let kind =
+                            bytes.try_get_u8().map_err(|_| wire::Error::Unexpected("an empty piece of a backup"))?;
                         match kind {
                             // The main archive is the only one: there are no tablespaces.
                             b'n' | b'p' => continue,
@@ -189,8 +192,7 @@ fn unpack(from: impl Read, into: &Path, progress: &Progress) -> Result<()> {
                 _ => {}
             }
         } else if kind.is_file() {
-            let mut file =
-                File::options().write(true).create_new(true).mode(0o600).open(&path).on("create", &path)?;
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path).on("create", &path)?;
             let mut size = 0;
             loop {
                 let count = entry.read(&mut buffer).on("read a backup for", &path)?;

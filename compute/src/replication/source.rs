@@ -43,9 +43,9 @@ impl Source {
     pub fn parse(url: &str) -> Result<Self> {
         let refuse = |why: &str, hint: &str| Error::Import { why: why.to_owned(), hint: Some(hint.to_owned()) };
         const LOOKS: &str = "It looks like postgres://replicator:password@db.example.com:5432.";
-        let config: tokio_postgres::Config = url
-            .parse()
-            .map_err(|error| refuse(&format!("the source's URL cannot be read: {}", crate::error::chain(&error)), LOOKS))?;
+        let config: tokio_postgres::Config = url.parse().map_err(|error| {
+            refuse(&format!("the source's URL cannot be read: {}", crate::error::chain(&error)), LOOKS)
+        })?;
         if config.get_ssl_mode() == SslMode::Require {
             let hint = "Import over a private network or a tunnel (ssh -L, stunnel) with sslmode=disable.";
             return Err(refuse("imports cannot use TLS yet", hint));
@@ -123,7 +123,8 @@ impl Source {
                     .to_owned()
             }
             wire::Error::Refused { code, .. } if code == "58P01" => {
-                "The source has removed WAL that was still needed: raise its wal_keep_size, and import again.".to_owned()
+                "The source has removed WAL that was still needed: raise its wal_keep_size, and import again."
+                    .to_owned()
             }
             _ => "See the source's log.".to_owned(),
         };

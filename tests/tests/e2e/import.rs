@@ -50,9 +50,15 @@ fn check_shop(node: &Node, branch: &str) {
     node.psql(branch, "create table mine (m mood); drop view dear; analyze items");
     assert_eq!(node.psql(branch, "select admin_of()"), "app", "nothing runs as superuser");
     for (what, sql) in [
-        ("nobody else is superuser, and can log in", "select count(*) from pg_roles where rolsuper and rolcanlogin and rolname <> 'postgres'"),
+        (
+            "nobody else is superuser, and can log in",
+            "select count(*) from pg_roles where rolsuper and rolcanlogin and rolname <> 'postgres'",
+        ),
         ("the owner is none", "select count(*) from pg_roles where rolname = 'app' and (rolsuper or rolreplication)"),
-        ("nobody can become one", "select count(*) from pg_auth_members m join pg_roles r on r.oid = m.roleid where r.rolsuper"),
+        (
+            "nobody can become one",
+            "select count(*) from pg_auth_members m join pg_roles r on r.oid = m.roleid where r.rolsuper",
+        ),
         ("event triggers are off", "select count(*) from pg_event_trigger where evtenabled <> 'D'"),
         ("there are no slots but Ebb's", "select count(*) from pg_replication_slots where slot_name <> 'ebb_ship'"),
         ("subscriptions are off", "select count(*) from pg_subscription where subenabled"),
@@ -202,7 +208,11 @@ async fn a_running_postgres_is_followed_until_it_is_cut_over_and_no_row_is_missi
         list.contains("\"can_cut_over\":true")
     });
     // More than a segment of WAL, a schema change, and rows, behind the base backup.
-    stock.psql("postgres", "shop", "create table bulk as select n, repeat('x', 500) as x from generate_series(1, 40000) as n");
+    stock.psql(
+        "postgres",
+        "shop",
+        "create table bulk as select n, repeat('x', 500) as x from generate_series(1, 40000) as n",
+    );
     writer.progress(200).await;
     let status = node.ok(&["import", "shop", "--status"]);
     assert!(status.contains("following"), "{status}");
@@ -223,7 +233,11 @@ async fn a_running_postgres_is_followed_until_it_is_cut_over_and_no_row_is_missi
     assert_eq!(node.psql("shop/prod", "select count(*) from bulk"), "40000");
     check_shop(&node, "shop/prod");
     stock.until_nobody_replicates("postgres");
-    assert_eq!(stock.psql("postgres", "shop", "select count(*) from pg_replication_slots"), "0", "no trace at the source");
+    assert_eq!(
+        stock.psql("postgres", "shop", "select count(*) from pg_replication_slots"),
+        "0",
+        "no trace at the source"
+    );
     assert!(!node.server_log().contains("s3cret"), "{}", node.server_log());
     assert_nothing_left(&node);
 }
@@ -260,7 +274,11 @@ fn a_role_that_may_not_replicate_is_told_what_it_lacks() {
 fn dumps_of_all_formats_are_restored_as_the_owner() {
     let stock = shop("postgres", &[]);
     stock.psql("postgres", "shop", "create extension hstore; create publication all_of_it for all tables");
-    stock.psql("postgres", "shop", "alter table notes owner to shopkeeper; create table \\\"O'Hara\\\" (h hstore)".replace("\\\"", "\"").as_str());
+    stock.psql(
+        "postgres",
+        "shop",
+        "alter table notes owner to shopkeeper; create table \\\"O'Hara\\\" (h hstore)".replace("\\\"", "\"").as_str(),
+    );
     let node = Node::with_shop();
     for (format, name) in [("custom", "a.dump"), ("directory", "b.dir"), ("tar", "c.tar"), ("plain", "d.sql")] {
         let path = stock.scratch().join(name);
@@ -315,7 +333,8 @@ fn a_dump_that_cannot_be_restored_leaves_nothing_and_runs_nothing() {
 #[test]
 fn a_server_killed_in_the_middle_leaves_no_half_branch_and_no_leftovers() {
     let mut stock = shop("postgres", &[]);
-    let sql = "create table bulk as select n, md5(n::text) || repeat('x', 200) as x from generate_series(1, 300000) as n";
+    let sql =
+        "create table bulk as select n, md5(n::text) || repeat('x', 200) as x from generate_series(1, 300000) as n";
     stock.psql("postgres", "shop", sql);
     let dump = stock.scratch().join("shop.dump");
     stock.tool("pg_dump", "postgres", &["-d", "shop", "--format", "custom", "-f", text(&dump)]);
@@ -339,7 +358,9 @@ fn a_server_killed_in_the_middle_leaves_no_half_branch_and_no_leftovers() {
         import.kill().expect("a child can be killed");
         import.wait().expect("a child can be waited for");
         node.serve();
-        wait_for("the import to be undone", || !node.data().join("imports").read_dir().is_ok_and(|mut dir| dir.next().is_some()));
+        wait_for("the import to be undone", || {
+            !node.data().join("imports").read_dir().is_ok_and(|mut dir| dir.next().is_some())
+        });
         assert_eq!(node.ebb(&["branch", "show", "shop/x"]).code, 3, "no half branch");
         wait_for("a project that came to nothing to go", || node.ebb(&["project", "show", "fresh"]).code == 3);
         let ledger = node.ok(&["ledger", "list", "shop"]);
@@ -403,7 +424,9 @@ async fn any_point_is_exported_as_a_dump_that_stock_postgres_restores() {
         node.ok(&["export", from, "--format", format, text(&path)]);
         stock.psql("postgres", "postgres", &format!("create database {database} owner app"));
         let ran = match format {
-            "pg_dump-plain" => stock.tool("psql", "postgres", &["-Xq", "-v", "ON_ERROR_STOP=1", "-d", &database, "-f", text(&path)]),
+            "pg_dump-plain" => {
+                stock.tool("psql", "postgres", &["-Xq", "-v", "ON_ERROR_STOP=1", "-d", &database, "-f", text(&path)])
+            }
             _ => stock.tool("pg_restore", "postgres", &["--exit-on-error", "-d", &database, text(&path)]),
         };
         assert_eq!(ran.code, 0, "{from} as {format}: {ran:?}");
@@ -412,7 +435,12 @@ async fn any_point_is_exported_as_a_dump_that_stock_postgres_restores() {
         let again = refused(&node, &["export", from, "--format", format, text(&path)], "exists already", "");
         assert_eq!(again.code, 2, "{again:?}");
     }
-    refused(&node, &["export", "shop/prod", "--format", "pg_dump", "--database", "none", text(&node.scratch().join("x"))], "none", "--database");
+    refused(
+        &node,
+        &["export", "shop/prod", "--format", "pg_dump", "--database", "none", text(&node.scratch().join("x"))],
+        "none",
+        "--database",
+    );
     assert!(!node.scratch().join("x.unfinished").exists() && !node.scratch().join("x").exists());
     // The branch itself was never asked, and goes on.
     node.psql("shop/prod", "insert into history values (4)");

@@ -308,10 +308,7 @@ pub(super) async fn list_imports(State(service): Node) -> Answered<ImportList> {
 
 /// Begins an import, which goes on after this has answered: a new branch, or a new project, of what was made elsewhere.
 #[utoipa::path(post, path = "/v1/imports", request_body = StartImport, responses((status = 202, body = Import), (status = "default", body = Problem)))]
-pub(super) async fn start_import(
-    State(service): Node,
-    Act { caller, body }: Act<StartImport>,
-) -> Answered<Import> {
+pub(super) async fn start_import(State(service): Node, Act { caller, body }: Act<StartImport>) -> Answered<Import> {
     let begun = service.import(&caller, body).await?;
     Ok((if begun.new { StatusCode::ACCEPTED } else { StatusCode::OK }, Json(begun.value)))
 }

@@ -310,7 +310,5 @@ async fn exported_bytes(path: PathBuf) -> Result<u64> {
         Ok(found) if found.is_file() => Ok(found.len()),
         _ => crate::files::tree_bytes(&path),
     };
-    tokio::task::spawn_blocking(measure)
-        .await
-        .map_err(|_| crate::Error::Lost("counting an export"))?
+    tokio::task::spawn_blocking(measure).await.map_err(|_| crate::Error::Lost("counting an export"))?
 }

@@ -383,7 +383,9 @@ impl Node for FakeNode {
 
     async fn import_settle(&self, job: &ImportJob) -> Result<()> {
         match self.0.lock().fail_import {
-            true => Err(ebb_compute::Error::Import { why: "damaged".to_owned(), hint: Some("Mend it.".to_owned()) }.into()),
+            true => {
+                Err(ebb_compute::Error::Import { why: "damaged".to_owned(), hint: Some("Mend it.".to_owned()) }.into())
+            }
             false => Ok(assert!(self.0.lock().staged.contains(&job.scratch), "nothing was staged")),
         }
     }

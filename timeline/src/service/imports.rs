@@ -126,6 +126,12 @@ impl Service {
         {
             return self.imported_before(used.op);
         }
+        if let (Some(project), None) = (&known, &request.branch) {
+            return Err(Error::Import {
+                why: format!("project {:?} exists, and no branch of it was named", project.name),
+                hint: Some(format!("Name the new branch: {}/imported, say.", project.name)),
+            });
+        }
         let wanted = match request.from {
             api::ImportOrigin::Server { url } => ImportRequest::Server(url),
             api::ImportOrigin::Directory { path } => ImportRequest::Directory(absolute(path)?),
@@ -139,11 +145,7 @@ impl Service {
         let wish = Wish { from, pg_major, follow: request.follow, database: request.database };
         match (known, request.branch) {
             (Some(project), Some(branch)) => self.import_into(caller, &project, branch, wish).await,
-            (Some(project), None) => Err(Error::Compute(ebb_compute::Error::Import {
-                why: format!("project {:?} exists, and no branch of it was named", project.name),
-                hint: Some(format!("Name the new branch: {}/imported, say.", project.name)),
-            })),
-            (None, _) => self.import_project(caller, request.project, wish).await,
+            _ => self.import_project(caller, request.project, wish).await,
         }
     }
 
@@ -157,10 +159,10 @@ impl Service {
     ) -> Result<Answer<api::Import>> {
         let facts = project.ledger.state().facts()?.clone();
         if let Some(major) = wish.pg_major.filter(|major| *major != facts.pg_major) {
-            return Err(Error::Compute(ebb_compute::Error::Import {
+            return Err(Error::Import {
                 why: format!("the source is of Postgres {major}, and project {:?} of {}", facts.name, facts.pg_major),
                 hint: Some("Import it as a project of its own, or import a dump of it.".to_owned()),
-            }));
+            });
         }
         self.node.pg_major(Some(facts.pg_major))?;
         let op = OperationId::generate();
@@ -272,7 +274,9 @@ impl Service {
             let outcome = outcome.map_err(|error| Fault { why: error.chain(), hint: error.hint() });
             match &outcome {
                 Ok(()) => tracing::info!(op = %import.op, from = import.origin.at, "import done"),
-                Err(fault) => tracing::warn!(op = %import.op, from = import.origin.at, why = fault.why, "import failed"),
+                Err(fault) => {
+                    tracing::warn!(op = %import.op, from = import.origin.at, why = fault.why, "import failed")
+                }
             }
             *import.outcome.lock() = Some(outcome);
         });
@@ -357,7 +361,9 @@ impl Service {
         let phase = import.job.progress.seen().phase;
         match &import.job.cut_over {
             Some(cut_over) if import.outcome.lock().is_none() && phase >= Phase::Following => cut_over.cancel(),
-            Some(_) if import.outcome.lock().is_some() => return Err(Refusal::TooLate("the import is over".to_owned()).into()),
+            Some(_) if import.outcome.lock().is_some() => {
+                return Err(Refusal::TooLate("the import is over".to_owned()).into());
+            }
             Some(_) => return Err(Refusal::TooLate("the base backup is still coming".to_owned()).into()),
             None => return Err(Refusal::Invalid("the import does not follow its source".to_owned()).into()),
         }

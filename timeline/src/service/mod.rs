@@ -17,9 +17,9 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
-mod imports;
 #[cfg(test)]
 pub(crate) mod fake;
+mod imports;
 mod past;
 mod projects;
 mod reconcile;

@@ -599,7 +599,10 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
         Cut::Suspend => service.suspend_compute(&caller(), "shop", "prod").await.map(drop),
         Cut::Export => {
             let dir = rig.dir.path().join(format!("out-{:x}", rand::random::<u32>()));
-            service.export(&caller(), "shop", "prod", api::Export { point: None, dir, format: None, database: None }).await.map(drop)
+            service
+                .export(&caller(), "shop", "prod", api::Export { point: None, dir, format: None, database: None })
+                .await
+                .map(drop)
         }
     }
 }
