@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use ebb_compute::control::Durability;
+use ebb_compute::import::DumpFormat;
 use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
 
 /// Where the API is unless told otherwise.
@@ -93,16 +94,36 @@ pub enum Command {
     /// Show and check who did what
     #[command(subcommand)]
     Ledger(LedgerCommand),
-    /// Write a branch, at its head or at a point, as a plain data directory that stock Postgres starts
-    #[command(after_help = "Example:\n  ebb export shop/prod@before-release /tmp/shop")]
+    /// Write a branch, at its head or at a point, as a plain data directory that stock Postgres starts, or as pg_dump does
+    #[command(after_help = "\
+Examples:
+  ebb export shop/prod@before-release /tmp/shop
+  ebb export shop/prod@2026-11-21T06:00:00Z --format pg_dump /tmp/shop.dump")]
     Export {
         /// PROJECT/BRANCH[@POINT]
         from: PointRef,
-        /// Where to write it: must not exist, or be empty
+        /// Where to write it: must not exist, or be an empty directory for a data directory
+        #[arg(value_name = "PATH")]
         dir: PathBuf,
+        /// As a data directory (directory), or as pg_dump writes it: pg_dump (its custom format), pg_dump-directory,
+        /// pg_dump-tar, pg_dump-plain
+        #[arg(long, value_name = "FORMAT", default_value = "directory", value_parser = parse_format)]
+        format: ExportFormat,
+        /// For a dump: the database
+        #[arg(long, value_name = "NAME", default_value = ebb_compute::postgres::DATABASE)]
+        database: String,
         #[command(flatten)]
         key: IdempotencyKey,
     },
+    /// Make a branch, or a project, of a running Postgres, of a data directory, or of what pg_dump wrote
+    #[command(after_help = "\
+Examples:
+  ebb import shop --from postgres://replicator@db.example.com:5432
+  ebb import shop/legacy --from postgres://replicator@db.example.com:5432 --follow
+  ebb import shop/legacy --cut-over
+  ebb import shop --from-dir /var/lib/postgresql/15/main
+  ebb import shop/loaded --from-dump shop.dump")]
+    Import(Box<ImportArgs>),
     /// Tell what keeps an object of the bucket, or which rule lets it go
     #[command(after_help = "\
 Examples:
@@ -152,6 +173,50 @@ pub struct FsckArgs {
     /// Do what is safe: delete leftovers, fetch again or upload layers of which one side has a whole copy
     #[arg(long)]
     pub repair: bool,
+}
+
+/// `ebb import …`
+#[derive(Debug, ClapArgs)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["from", "from_dir", "from_dump", "status", "cut_over", "cancel"]))]
+pub struct ImportArgs {
+    /// PROJECT/BRANCH, or a PROJECT that does not exist yet and whose prod it becomes
+    #[arg(value_parser = crate::commands::import::parse_target)]
+    pub to: ImportTarget,
+    /// A running Postgres, by the URL of a role that may replicate; its password may be in PGPASSWORD
+    #[arg(long, value_name = "URL")]
+    pub from: Option<String>,
+    /// A data directory on which no Postgres runs, on the machine of ebb serve
+    #[arg(long, value_name = "DIR")]
+    pub from_dir: Option<PathBuf>,
+    /// What pg_dump wrote, in any format, on the machine of ebb serve
+    #[arg(long, value_name = "FILE")]
+    pub from_dump: Option<PathBuf>,
+    /// Go on receiving what the running Postgres writes, until --cut-over
+    #[arg(long, requires = "from")]
+    pub follow: bool,
+    /// The imported database that URLs and releases name (`app`) [default: the only one there is]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["from_dump", "status", "cut_over", "cancel"])]
+    pub database: Option<String>,
+    /// Show how far an import is
+    #[arg(long)]
+    pub status: bool,
+    /// End an import that follows, with what its source has committed by now: stop writing there first
+    #[arg(long)]
+    pub cut_over: bool,
+    /// Give an import up; nothing of it stays
+    #[arg(long)]
+    pub cancel: bool,
+    #[command(flatten)]
+    pub key: IdempotencyKey,
+}
+
+/// Where an import goes.
+#[derive(Debug, Clone)]
+pub struct ImportTarget {
+    /// The project.
+    pub project: ProjectName,
+    /// The new branch; `None`: the project is to be made.
+    pub branch: Option<ebb_types::BranchName>,
 }
 
 /// A key under which a repeated request answers the first result again.
@@ -481,6 +546,22 @@ pub enum LedgerCommand {
         /// The project
         project: ProjectName,
     },
+}
+
+/// What `ebb export` writes: a data directory, or a dump in a format of pg_dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExportFormat(pub Option<DumpFormat>);
+
+/// Reads what `ebb export` writes.
+pub fn parse_format(text: &str) -> Result<ExportFormat, String> {
+    Ok(ExportFormat(match text {
+        "directory" => None,
+        "pg_dump" | "pg_dump-custom" => Some(DumpFormat::Custom),
+        "pg_dump-directory" => Some(DumpFormat::Directory),
+        "pg_dump-tar" => Some(DumpFormat::Tar),
+        "pg_dump-plain" => Some(DumpFormat::Plain),
+        _ => return Err("want directory, pg_dump, pg_dump-directory, pg_dump-tar or pg_dump-plain".to_owned()),
+    }))
 }
 
 /// Reads what a commit waits for.

@@ -61,6 +61,17 @@ pub enum Error {
     /// The unit is gone.
     #[error("the unit of the branch is gone")]
     Gone,
+    /// What is to be imported, or exported, cannot be.
+    #[error("{why}")]
+    Import {
+        /// What is wrong with it.
+        why: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
+    /// Whoever waited for it went away.
+    #[error("it was given up")]
+    Cancelled,
     /// It took longer than allowed.
     #[error("{0} took too long")]
     Deadline(&'static str),
@@ -70,6 +81,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Something that cannot be imported, without advice.
+    pub(crate) fn import(why: impl Into<String>) -> Self {
+        Self::Import { why: why.into(), hint: None }
+    }
+
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -80,7 +96,8 @@ impl Error {
             | Error::Isolation { .. }
             | Error::Template { .. }
             | Error::Refused(_) => ErrorKind::Internal,
-            Error::Start { .. } | Error::Gone | Error::Deadline(_) => ErrorKind::Unavailable,
+            Error::Import { .. } => ErrorKind::Invalid,
+            Error::Start { .. } | Error::Gone | Error::Cancelled | Error::Deadline(_) => ErrorKind::Unavailable,
             Error::Stopped(_) => ErrorKind::Fenced,
             Error::Storage(storage) => storage.kind(),
         }
@@ -99,6 +116,7 @@ impl Hint for Error {
                 (sysctl user.max_user_namespaces) and access to /dev/fuse."
                 .to_owned(),
             Error::Start { log, .. } => format!("The whole log is in {}.", log.display()),
+            Error::Import { hint, .. } => return hint.clone(),
             _ => return None,
         })
     }

@@ -17,6 +17,7 @@
 
 pub mod control;
 pub mod error;
+pub mod import;
 pub mod manager;
 pub mod postgres;
 pub mod unit;
@@ -24,6 +25,7 @@ pub mod unit;
 mod clock;
 mod files;
 mod long_path;
+mod replication;
 mod shipper;
 mod spawn;
 mod user;

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -170,15 +170,36 @@ impl NodeStore {
     /// An import goes on when its future is dropped, and leaves a layer whose id nobody learned.
     pub async fn import(&self, data_dir: &Path) -> Result<LayerId> {
         let layer = LayerId::generate();
-        let (layers_dir, data_dir) = (self.layers_dir.clone(), data_dir.to_owned());
+        self.import_as(layer, data_dir, None).await?;
+        Ok(layer)
+    }
+
+    /// As [`NodeStore::import`], under an identifier that was chosen beforehand, and with the SCRAM verifiers of its roles
+    /// (`roles.json`). A layer of that identifier that is here already is the one.
+    ///
+    /// # Errors
+    /// As [`NodeStore::import`].
+    ///
+    /// # Cancel safety
+    /// An import goes on when its future is dropped.
+    pub async fn import_as(&self, layer: LayerId, data_dir: &Path, roles: Option<&Path>) -> Result<()> {
+        let (layers_dir, data_dir, roles) = (self.layers_dir.clone(), data_dir.to_owned(), roles.map(Path::to_owned));
         blocking::run(move || {
+            let dir = layers_dir.join(layer.to_string());
+            if dir.join("manifest").exists() {
+                return Ok(());
+            }
             let scratch = Scratch::make_dir(&layers_dir, "import", layer)?;
             import::import(layer, &data_dir, &scratch.path)?;
+            if let Some(roles) = roles {
+                let copy = scratch.path.join("roles.json");
+                fs::copy(&roles, &copy).on("copy", &roles)?;
+                fs::set_permissions(&copy, fs::Permissions::from_mode(0o600)).on("restrict", &copy)?;
+            }
             layer::sync_file_system(&scratch.path)?;
-            scratch.publish(&layers_dir.join(layer.to_string()))
+            scratch.publish(&dir)
         })
-        .await?;
-        Ok(layer)
+        .await
     }
 
     /// Writes an image as a plain data directory (with `pg_wal` inside) that stock Postgres starts.

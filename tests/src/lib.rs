@@ -5,10 +5,12 @@
 
 mod node;
 mod python;
+mod stock;
 mod writer;
 
 pub use node::{Node, Ran, kill, pg_bin, run};
 pub use python::python;
+pub use stock::Stock;
 pub use writer::Writer;
 
 use std::time::{Duration, Instant};

@@ -4,17 +4,21 @@
 //! (which layer a seal made, say) comes with it, too.
 
 use ebb_compute::control::Durability;
+use ebb_compute::import::DumpFormat;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
 use crate::error::Refusal;
-use crate::event::{Event, Key, Left, Moment, Plan, Replay, Rescue, Step};
+use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
 use crate::machine::ReleaseStage;
 use crate::node::Sealed;
 use crate::state::{Branch, Operation, ProjectState, Release};
 
 /// The branch that releases go to; it cannot be deleted.
 pub const PROD: &str = "prod";
+
+/// The second branch that a project starts with.
+pub const DEV: &str = "dev";
 
 /// LIMIT: a week is long enough to notice on Monday what went wrong on Friday, and to decide.
 const RESCUE_DAYS: i64 = 7;
@@ -116,11 +120,20 @@ pub enum Ask {
         point: Point,
         /// Where to.
         dir: std::path::PathBuf,
+        /// As what pg_dump writes, of which database; `None`: as a data directory.
+        dump: Option<(DumpFormat, String)>,
     },
     /// A connection URL with its password.
     ShowUrl {
         /// Of which branch.
         branch: String,
+    },
+    /// A branch of what was made elsewhere.
+    Import {
+        /// The new name.
+        name: BranchName,
+        /// Where it comes from.
+        origin: Origin,
     },
 }
 
@@ -219,7 +232,7 @@ pub fn decide(state: &ProjectState, command: &Command) -> Result<Vec<Event>, Ref
             if operation.next_step() != Some(*step) {
                 return Err(Refusal::TooLate(format!("step {step:?} of operation {op} is not next")));
             }
-            if let (Plan::CreateBranch { name, .. }, Step::Record) = (&operation.plan, step)
+            if let (Plan::CreateBranch { name, .. } | Plan::Import { name, .. }, Step::Record) = (&operation.plan, step)
                 && state.branches.values().any(|other| other.name == *name)
             {
                 return Err(Refusal::Taken { kind: "branch", name: name.to_string() });
@@ -341,15 +354,37 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             free(state, branch)?;
             Ok(Plan::Wake { branch })
         }
-        Ask::Export { branch, point, dir } => {
+        Ask::Export { branch, point, dir, dump } => {
             let (id, branch) = state.branch(branch)?;
-            let (layer, replay) = image_at(id, branch, point, fresh)?;
+            let (mut layer, replay) = image_at(id, branch, point, fresh)?;
+            match dump {
+                // Sealed just before, so that nobody waits for the dump.
+                Some(_) if replay.is_none() => layer = layer.or(Some(branch.head)),
+                Some(_) => {}
+                None => free(state, id)?,
+            }
             let point = Some(point).filter(|point| **point != Point::Head).cloned();
-            free(state, id)?;
-            Ok(Plan::Export { branch: id, point, layer, replay, seal, dir: dir.clone() })
+            let scratch = fresh.scratch;
+            let dump = dump.clone().map(|(format, database)| Dump { format, database, scratch });
+            Ok(Plan::Export { branch: id, point, layer, replay, seal, dir: dir.clone(), dump })
         }
         Ask::ShowUrl { branch } => Ok(Plan::ShowUrl { branch: state.branch(branch)?.0 }),
+        Ask::Import { name, origin } => {
+            let is_coming = |plan: &Plan| matches!(plan, Plan::Import { name: other, .. } if other == name);
+            if state.branches.values().any(|other| other.name == *name)
+                || state.operations.values().any(|operation| is_coming(&operation.plan))
+            {
+                return Err(Refusal::Taken { kind: "branch", name: name.to_string() });
+            }
+            Ok(import(name, origin, None, fresh))
+        }
     }
+}
+
+/// The plan of an import; with a second branch, of one that a project begins with.
+pub fn import(name: &BranchName, origin: &Origin, dev: Option<BranchId>, fresh: &Fresh) -> Plan {
+    let Fresh { branch, layer, scratch, .. } = *fresh;
+    Plan::Import { branch, name: name.clone(), origin: origin.clone(), layer, scratch, dev }
 }
 
 /// What must be true of a release to go back to it, and what then happens.
@@ -570,6 +605,21 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
         }
         (Plan::Release { branch, checkpoint, .. }, Step::Checkpoint, Some(layer)) => {
             events.push(checkpoint_created(*branch, checkpoint, layer, found));
+        }
+        (Plan::Import { branch, name, layer, dev, .. }, Step::Record, _) => {
+            let (end, rescue_until) = (found.end, None);
+            let made = |branch: BranchId, name: BranchName, parent| Event::BranchCreated {
+                branch,
+                name,
+                head: *layer,
+                end,
+                parent,
+                rescue_until,
+            };
+            events.push(made(*branch, name.clone(), None));
+            let parent = Parent { branch: name.clone(), point: "head".to_owned() };
+            let second = || DEV.parse().expect("the second branch's name is a name");
+            events.extend(dev.map(|dev| made(dev, second(), Some(parent))));
         }
         (Plan::Release { release, .. }, Step::Switch, _) => events.push(Event::ReleaseDeployed { release: *release }),
         (Plan::DeleteBranch { branch }, Step::Switch, _) => {

@@ -143,6 +143,9 @@ pub enum Refusal {
         /// Advice.
         advice: String,
     },
+    /// No import of that identifier is known to this service.
+    #[error("there is no import {0} that was begun since the service started")]
+    NoImport(OperationId),
     /// A field of the request makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -160,6 +163,7 @@ impl Refusal {
             | Refusal::Gone(_)
             | Refusal::NoCheckpoint { .. }
             | Refusal::NoRelease { .. }
+            | Refusal::NoImport(_)
             | Refusal::NoNode { .. } => ErrorKind::NotFound,
             Refusal::Elsewhere { .. } => ErrorKind::Fenced,
             Refusal::Taken { .. }
@@ -194,6 +198,9 @@ impl Hint for Refusal {
             Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
             Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),
             Refusal::Unconfirmed(name) => Some(format!("Repeat the request with confirm={name}.")),
+            Refusal::NoImport(_) => {
+                Some("One that was interrupted is undone. What became of it: ebb ledger list PROJECT.".to_owned())
+            }
             Refusal::Gone(_) | Refusal::Invalid(_) | Refusal::TooLate(_) => None,
         }
     }
@@ -268,7 +275,15 @@ pub enum Error {
     Storage(#[from] ebb_storage::Error),
     /// A compute failed.
     #[error("the compute failed")]
-    Compute(#[from] ebb_compute::Error),
+    Compute(#[source] ebb_compute::Error),
+    /// What is to be imported, or exported, cannot be.
+    #[error("{why}")]
+    Import {
+        /// What is wrong with it.
+        why: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// Something took longer than allowed.
     #[error("{0} took too long")]
     Deadline(&'static str),
@@ -299,13 +314,22 @@ pub enum Error {
     Shared(Arc<Error>),
 }
 
+impl From<ebb_compute::Error> for Error {
+    fn from(error: ebb_compute::Error) -> Self {
+        match error {
+            ebb_compute::Error::Import { why, hint } => Error::Import { why, hint },
+            error => Error::Compute(error),
+        }
+    }
+}
+
 impl Error {
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Refused(refusal) => refusal.kind(),
             Error::Ledger { .. } => ErrorKind::Corrupt,
-            Error::Migration { .. } => ErrorKind::Invalid,
+            Error::Migration { .. } | Error::Import { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
             Error::DiskFull { .. } | Error::Deadline(_) | Error::Isolated | Error::Stopping | Error::Postgres(_) => {
                 ErrorKind::Unavailable
@@ -381,6 +405,7 @@ impl Hint for Error {
             Error::Compute(ebb_compute::Error::NoPostgres { .. }) => {
                 Some("Install a Postgres server (Debian: apt-get install postgresql-15), or set EBB_PG_BIN.".to_owned())
             }
+            Error::Import { hint, .. } => hint.clone(),
             Error::Shared(error) => error.hint(),
             error if error.kind() == ErrorKind::Unavailable => Some("Try again in a few seconds.".to_owned()),
             _ => None,

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use ebb_compute::control::Durability;
+use ebb_compute::import::DumpFormat;
 use ebb_types::{
     BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, Point, ProjectId, ProjectName, ReleaseId, Timestamp,
 };
@@ -393,6 +394,9 @@ pub enum Plan {
         seal: LayerId,
         /// Where to.
         dir: PathBuf,
+        /// As what pg_dump writes, rather than as a data directory.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dump: Option<Dump>,
     },
     /// Hand the project over to another node.
     MoveProject {
@@ -404,6 +408,54 @@ pub enum Plan {
         /// Of which branch.
         branch: BranchId,
     },
+    /// Make a branch of a cluster, or of a dump, that was made elsewhere.
+    Import {
+        /// The new branch.
+        branch: BranchId,
+        /// Its name.
+        name: BranchName,
+        /// Where it comes from.
+        origin: Origin,
+        /// The layer that it begins as.
+        layer: LayerId,
+        /// Names the directory in which it happens.
+        scratch: BranchId,
+        /// For a project that is made with it: the branch `dev`, which it gets besides. Undone, there is no such project.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dev: Option<BranchId>,
+    },
+}
+
+/// How a point is written as pg_dump does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dump {
+    /// In which format.
+    pub format: DumpFormat,
+    /// Which of its databases.
+    pub database: String,
+    /// Names the directory of the compute that it is read from.
+    pub scratch: BranchId,
+}
+
+/// Where an import comes from, as it may be shown: without its password.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// What it is.
+    pub kind: OriginKind,
+    /// Its place: a URL without a password, or a path.
+    pub at: String,
+}
+
+/// What an import comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OriginKind {
+    /// A running server.
+    Server,
+    /// A data directory.
+    Directory,
+    /// What pg_dump wrote.
+    Dump,
 }
 
 /// One step of an operation. What it means depends on the operation: see [`Plan::steps`].
@@ -428,6 +480,10 @@ pub enum Step {
     Write,
     /// Start the compute.
     Start,
+    /// Bring what is imported to this node: as a data directory that was shut down, or restored into a fresh branch.
+    Copy,
+    /// Check it, and make it one of Ebb's.
+    Settle,
 }
 
 impl Plan {
@@ -442,8 +498,9 @@ impl Plan {
     /// | restore | `Replay`, for a moment between seals. `Switch`\*: fence, stop, seal; old head to the rescue branch, head moved. `Sweep`: the old volume | release the fence |
     /// | release | `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink | the release has failed; checkpoint and earlier migrations stay |
     /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
-    /// | export | `Replay`, for a moment between seals. `Write` | the directory is removed |
+    /// | export | `Replay`, for a moment between seals. `Write` | the directory, or the dump, is removed |
     /// | wake | `Start` | nothing to do |
+    /// | import | `Copy`; `Settle`, but for a dump; `Record`\*: the layer; branch | all of it is removed, and a project that was made for it |
     ///
     /// \* the point of no return: after it there is only forward.
     pub fn steps(&self) -> &'static [Step] {
@@ -460,6 +517,8 @@ impl Plan {
             Plan::Rollback { .. } => &[Step::Switch, Step::Code, Step::Sweep],
             Plan::Export { .. } => &[Step::Write],
             Plan::Wake { .. } => &[Step::Start],
+            Plan::Import { origin: Origin { kind: OriginKind::Dump, .. }, .. } => &[Step::Copy, Step::Record],
+            Plan::Import { .. } => &[Step::Copy, Step::Settle, Step::Record],
             Plan::CreateProject { .. }
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
@@ -472,8 +531,8 @@ impl Plan {
     /// The branch that no other operation may touch while this one is under way.
     pub fn holds(&self) -> Option<BranchId> {
         match self {
-            // Replaying takes a while, and touches nothing of the source.
-            Plan::CreateBranch { replay: Some(_), .. } => None,
+            // Replaying takes a while, and touches nothing of the source; nor does dumping.
+            Plan::CreateBranch { replay: Some(_), .. } | Plan::Export { dump: Some(_), .. } => None,
             Plan::CreateBranch { source: branch, .. }
             | Plan::DeleteBranch { branch }
             | Plan::CreateCheckpoint { branch, .. }
@@ -483,7 +542,9 @@ impl Plan {
             | Plan::Suspend { branch, .. }
             | Plan::Wake { branch }
             | Plan::Export { branch, .. } => Some(*branch),
-            Plan::CreateProject { .. }
+            // Its branch does not exist yet.
+            Plan::Import { .. }
+            | Plan::CreateProject { .. }
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
             | Plan::DeleteCheckpoint { .. }
@@ -502,6 +563,7 @@ impl Plan {
             | Plan::Rollback { seal, .. }
             | Plan::Suspend { seal, .. }
             | Plan::Export { seal, .. } => Some(*seal),
+            Plan::Import { layer, .. } => Some(*layer),
             Plan::CreateProject { .. }
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
@@ -523,6 +585,14 @@ impl Plan {
         }
     }
 
+    /// The branch directory on this node that is only used by it.
+    pub fn scratch(&self) -> Option<BranchId> {
+        match self {
+            Plan::Export { dump: Some(dump), .. } => Some(dump.scratch),
+            plan => plan.replay().map(|replay| replay.scratch),
+        }
+    }
+
     /// What it is called in lists and messages.
     pub fn act(&self) -> &'static str {
         match self {
@@ -541,6 +611,7 @@ impl Plan {
             Plan::Export { .. } => "export",
             Plan::MoveProject { .. } => "move project",
             Plan::ShowUrl { .. } => "show url",
+            Plan::Import { .. } => "import",
         }
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ebb_compute::control::Durability;
+use ebb_compute::import::DumpFormat;
 use ebb_timeline::api::types::{
     Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
     Exported, RestoreBranch, Restored, Stored,
@@ -159,9 +160,16 @@ pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
     to.show(&answer, |view: BranchUrl| view.url + "\n")
 }
 
-pub fn export(to: &Session, from: &PointRef, dir: &Path, key: &IdempotencyKey) -> Result<(), Failure> {
+pub fn export(
+    to: &Session,
+    from: &PointRef,
+    dir: &Path,
+    dump: Option<(DumpFormat, String)>,
+    key: &IdempotencyKey,
+) -> Result<(), Failure> {
     let point = (from.point != Point::Head).then(|| from.point.to_string());
-    let body = Export { point, dir: absolute(dir)? };
+    let (format, database) = dump.unzip();
+    let body = Export { point, dir: absolute(dir)?, format, database };
     let path = format!("{}/export", branch_path(&from.at));
     let answer = to.client.post(&path, &body, key.as_deref())?;
     to.show(&answer, |view: Exported| {

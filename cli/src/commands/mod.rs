@@ -5,6 +5,7 @@ mod branch;
 mod collect;
 mod compute;
 pub mod fsck;
+pub mod import;
 mod project;
 mod psql;
 mod release;
@@ -34,7 +35,10 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Release(command) => release::run(&to, command),
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
         Command::Ledger(command) => project::run_ledger(&to, command),
-        Command::Export { from, dir, key } => branch::export(&to, &from, &dir, &key),
+        Command::Export { from, dir, format, database, key } => {
+            branch::export(&to, &from, &dir, format.0.map(|format| (format, database)), &key)
+        }
+        Command::Import(args) => import::run(&to, *args),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

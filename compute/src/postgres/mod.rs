@@ -9,6 +9,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+pub(crate) use self::template::last_complaint;
 pub use self::template::make_template;
 use crate::{Error, Result};
 

@@ -89,7 +89,8 @@ fn statements(major: u32) -> String {
     )
 }
 
-fn last_complaint(stderr: &str) -> Option<&str> {
+/// The last line in which a program of Postgres complains, or its last line.
+pub(crate) fn last_complaint(stderr: &str) -> Option<&str> {
     let is_complaint = |line: &&str| ["FATAL:", "ERROR:", "PANIC:", "error:"].iter().any(|tag| line.contains(tag));
     stderr.lines().rev().find(is_complaint).or_else(|| stderr.lines().rfind(|line| !line.trim().is_empty()))
 }

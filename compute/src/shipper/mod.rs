@@ -26,7 +26,6 @@
 mod lag;
 mod session;
 mod slot;
-mod wire;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

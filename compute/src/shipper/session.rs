@@ -15,11 +15,11 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use super::slot::{self, Slot};
-use super::wire::{self, Connection, MESSAGE_BYTES_MAX, Message, Stream, System};
 use super::{DRAIN_DEADLINE, End, LOCAL_BYTES, LOCAL_DELAY, Orders, Plan, STANDBY, SharedProgress, look};
 use crate::control::Durability;
 use crate::error::chain;
 use crate::postgres::config::PORT;
+use crate::replication::wire::{self, Connection, MESSAGE_BYTES_MAX, Message, Stream, System};
 
 /// How often Postgres hears of the shipper at least: it gives up one that is silent for a minute (`wal_sender_timeout`).
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -159,7 +159,7 @@ impl Task {
 
     /// Connects, sees to the slot, takes the archive over unless it is this shipper's already, and finds where to go on.
     async fn prepare(&mut self) -> Result<Ready, Failure> {
-        let mut connection = Connection::open(&self.plan.socket_dir.join(format!(".s.PGSQL.{PORT}"))).await?;
+        let mut connection = Connection::open(&self.plan.socket_dir.join(format!(".s.PGSQL.{PORT}")), STANDBY).await?;
         let system = connection.identify().await?;
         look(&self.progress).lag.saw(system.flushed, Instant::now());
         // Before the bucket is asked for anything: from here on WAL waits for it.
@@ -307,7 +307,7 @@ impl Task {
                 drop(stream);
                 let begin = self.depart(system, slot, &tail).await?;
                 let socket = self.plan.socket_dir.join(format!(".s.PGSQL.{PORT}"));
-                self.begin(Connection::open(&socket).await?, system, slot, claim, begin).await
+                self.begin(Connection::open(&socket, STANDBY).await?, system, slot, claim, begin).await
             }
         }
     }

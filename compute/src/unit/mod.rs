@@ -39,6 +39,7 @@ use nix::unistd::{geteuid, setsid};
 use self::isolation::House;
 use self::owner::Owner;
 use self::postmaster::Plan;
+pub(crate) use self::roles::{LOOK as LOOK_AT_ROLES, literal};
 use crate::clock::Stages;
 use crate::control::Durability;
 use crate::error::{Error, OsContext, Result, chain};

@@ -23,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const SCRAM: &str = "SCRAM-SHA-256$";
 
 /// Superusers are left out, so that nobody can log in as one from outside; expired passwords too.
-const LOOK: &str = "SELECT pg_current_wal_lsn(); \
+pub(crate) const LOOK: &str = "SELECT pg_current_wal_lsn(); \
     SELECT rolname, rolpassword FROM pg_authid WHERE rolcanlogin AND NOT rolsuper \
     AND rolpassword LIKE 'SCRAM-SHA-256$%' AND (rolvaliduntil IS NULL OR rolvaliduntil > now())";
 
@@ -139,7 +139,7 @@ fn give_verifier(role: &str, verifier: &str) -> String {
 }
 
 /// Quotes a string, whatever `standard_conforming_strings` says (PostgreSQL 15 manual, 4.1.2.2).
-fn literal(text: &str) -> String {
+pub(crate) fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"))
 }
 

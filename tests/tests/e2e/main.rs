@@ -6,6 +6,7 @@ mod collect;
 mod connections;
 mod docs;
 mod fsck;
+mod import;
 mod kills;
 mod node_loss;
 mod nodes;

@@ -158,6 +158,22 @@ impl Cluster {
         self.nodes.insert(at, fresh);
     }
 
+    /// Who waits for what in every Postgres that answers.
+    pub fn describe(&self) -> String {
+        let sql = "select pid, state, wait_event, left(query, 60) from pg_stat_activity where backend_type = 'client backend'";
+        let of = |node: &Node| {
+            let dirs = fs::read_dir(node.data().join("branches")).into_iter().flatten().flatten();
+            let ask = |dir: std::path::PathBuf| {
+                let socket = dir.join("run").to_string_lossy().into_owned();
+                let psql = ["5", "psql", "-XAt", "-U", "postgres", "-d", "app", "-c", sql, "-h", &socket];
+                let out = std::process::Command::new("timeout").args(psql).output();
+                out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
+            };
+            dirs.map(|entry| ask(entry.path())).collect::<Vec<_>>().join("\n")
+        };
+        self.nodes.iter().map(of).collect::<Vec<_>>().join("\n---\n")
+    }
+
     /// Undoes what does not pass by itself.
     pub fn heal(&mut self) {
         self.paused.drain(..).for_each(|pid| kill("CONT", pid));

@@ -42,7 +42,8 @@ async fn whatever_happens_to_nodes_clients_see_one_history_with_all_that_was_ack
         let acknowledged = recorder.acknowledged();
         let fault = cluster.fault(&mut rng);
         // Not a time, but the sight of clients that go on, ends a round.
-        recorder.progress(acknowledged + 20, &fault).await;
+        let go_on = recorder.progress(acknowledged + 20).await;
+        assert!(go_on, "seed {seed}: clients are stuck after {fault}: {}", cluster.describe());
         eprintln!(
             "round {round}: {fault}; {:.1} s, {} acknowledged",
             begun.elapsed().as_secs_f64(),

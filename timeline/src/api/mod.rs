@@ -53,6 +53,9 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route("/v1/projects/{project}/ledger/verify", get(routes::verify_ledger))
         .route("/v1/projects/{project}/move", post(routes::move_project))
         .route("/v1/nodes", get(routes::list_nodes))
+        .route("/v1/imports", get(routes::list_imports).post(routes::start_import))
+        .route("/v1/imports/{import}", get(routes::show_import).delete(routes::cancel_import))
+        .route("/v1/imports/{import}/cut-over", post(routes::cut_over))
         .route("/v1/objects/why", get(routes::why_object))
         .route("/v1/collect", post(routes::collect))
         .route("/openapi.json", get(openapi));

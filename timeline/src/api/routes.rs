@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
+use ebb_types::OperationId;
 use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
@@ -61,6 +62,11 @@ fn done<T>(value: T) -> Answered<T> {
         list_nodes,
         why_object,
         collect,
+        list_imports,
+        start_import,
+        show_import,
+        cancel_import,
+        cut_over,
     )
 )]
 pub(super) struct Description;
@@ -310,6 +316,37 @@ pub(super) async fn move_project(
 #[utoipa::path(get, path = "/v1/nodes", responses((status = 200, body = NodeList), (status = "default", body = Problem)))]
 pub(super) async fn list_nodes(State(service): Node) -> Answered<NodeList> {
     done(NodeList { nodes: service.node_views() })
+}
+
+/// Imports that are under way, or were since the service started.
+#[utoipa::path(get, path = "/v1/imports", responses((status = 200, body = ImportList), (status = "default", body = Problem)))]
+pub(super) async fn list_imports(State(service): Node) -> Answered<ImportList> {
+    done(ImportList { imports: service.list_imports() })
+}
+
+/// Begins an import, which goes on after this has answered: a new branch, or a new project, of what was made elsewhere.
+#[utoipa::path(post, path = "/v1/imports", request_body = StartImport, responses((status = 202, body = Import), (status = "default", body = Problem)))]
+pub(super) async fn start_import(State(service): Node, Act { caller, body }: Act<StartImport>) -> Answered<Import> {
+    let begun = service.import(&caller, body).await?;
+    Ok((if begun.new { StatusCode::ACCEPTED } else { StatusCode::OK }, Json(begun.value)))
+}
+
+/// How far an import is, and what became of it.
+#[utoipa::path(get, path = "/v1/imports/{import}", params(("import" = String, Path)), responses((status = 200, body = Import), (status = "default", body = Problem)))]
+pub(super) async fn show_import(State(service): Node, Path(import): Path<OperationId>) -> Answered<Import> {
+    done(service.show_import(import)?)
+}
+
+/// Gives an import up; it is undone.
+#[utoipa::path(delete, path = "/v1/imports/{import}", params(("import" = String, Path)), responses((status = 200, body = Import), (status = "default", body = Problem)))]
+pub(super) async fn cancel_import(State(service): Node, Path(import): Path<OperationId>) -> Answered<Import> {
+    done(service.cancel_import(import)?)
+}
+
+/// Ends an import that follows its source with what the source has committed by now.
+#[utoipa::path(post, path = "/v1/imports/{import}/cut-over", params(("import" = String, Path)), responses((status = 200, body = Import), (status = "default", body = Problem)))]
+pub(super) async fn cut_over(State(service): Node, Path(import): Path<OperationId>) -> Answered<Import> {
+    done(service.cut_over(import)?)
 }
 
 /// Tells what keeps an object of the bucket, or which rule lets it go.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use ebb_compute::control::{Durability, Status};
+use ebb_compute::import::{Counted, DumpFormat, Phase};
 use ebb_types::{
     BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, NodeId, OperationId, PointRef, ProjectId,
     ProjectName, ReleaseId, Timestamp,
@@ -460,19 +461,152 @@ pub struct Export {
     /// A checkpoint's name; default: the head.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
-    /// Absolute path of a directory that does not exist or is empty, on the machine of the service.
+    /// Absolute path of a directory that does not exist or is empty, on the machine of the service; for a dump: of what
+    /// does not exist.
     #[schema(value_type = String)]
     pub dir: PathBuf,
+    /// As what pg_dump writes: `custom`, `directory`, `tar` or `plain`; default: as a data directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub format: Option<DumpFormat>,
+    /// For a dump: of which database; default: `app`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
 }
 
 /// Answer to `POST …/export`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Exported {
-    /// The directory: a data directory that stock Postgres starts.
+    /// The directory: a data directory that stock Postgres starts; or the dump.
     #[schema(value_type = String)]
     pub dir: PathBuf,
     /// Bytes of the files in it.
     pub bytes: u64,
+}
+
+/// Body of `POST /v1/imports`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartImport {
+    /// The project. One that does not exist is made, with the import as its `prod`.
+    #[schema(value_type = String)]
+    pub project: ProjectName,
+    /// The new branch's name; absent for a project that is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub branch: Option<BranchName>,
+    /// What to import.
+    pub from: ImportOrigin,
+    /// For a running server: go on receiving and replaying what it writes until `…/cut-over`.
+    #[serde(default)]
+    pub follow: bool,
+    /// Which of the source's databases becomes `app`, the one that URLs and releases name; default: its only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
+}
+
+/// What to import; paths are absolute, on the machine of the service.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ImportOrigin {
+    /// A running server.
+    Server {
+        /// Its URL, of a role that may replicate.
+        url: String,
+    },
+    /// A data directory on which no server runs.
+    Directory {
+        /// Its path.
+        #[schema(value_type = String)]
+        path: PathBuf,
+    },
+    /// What pg_dump wrote, in any of its formats.
+    Dump {
+        /// Its path.
+        #[schema(value_type = String)]
+        path: PathBuf,
+    },
+}
+
+impl std::fmt::Debug for ImportOrigin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // It may hold a password.
+            ImportOrigin::Server { .. } => f.write_str("Server"),
+            ImportOrigin::Directory { path } => f.debug_tuple("Directory").field(path).finish(),
+            ImportOrigin::Dump { path } => f.debug_tuple("Dump").field(path).finish(),
+        }
+    }
+}
+
+/// How an import stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImportState {
+    /// It goes on.
+    Running,
+    /// The branch is there.
+    Done,
+    /// It was undone; nothing of it is left.
+    Failed,
+}
+
+/// An import, and how far it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Import {
+    /// The operation.
+    #[schema(value_type = String)]
+    pub id: OperationId,
+    /// The project …
+    #[schema(value_type = String)]
+    pub project: ProjectName,
+    /// … and the branch it becomes.
+    #[schema(value_type = String)]
+    pub branch: BranchName,
+    /// Where it comes from, without a password.
+    pub from: String,
+    /// When it was begun.
+    #[schema(value_type = String)]
+    pub begun_at: Timestamp,
+    /// How it stands.
+    pub state: ImportState,
+    /// What it is doing.
+    #[schema(value_type = String)]
+    pub phase: Phase,
+    /// What `done` and `total` count: `bytes` or `objects`.
+    #[schema(value_type = String)]
+    pub counted: Counted,
+    /// How much of the phase is done.
+    pub done: u64,
+    /// Of how much, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total: Option<u64>,
+    /// How much a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_second: Option<f64>,
+    /// How long the phase goes on at that rate, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds_left: Option<f64>,
+    /// While a source is followed: bytes of WAL that it has written and that are not here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub behind_bytes: Option<u64>,
+    /// Whether it follows its source, and waits to be cut over.
+    pub can_cut_over: bool,
+    /// What a person should know about it.
+    pub notes: Vec<String>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
+    /// What to do about that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Answer to `GET /v1/imports`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ImportList {
+    /// Those that are under way or were since the service started, oldest first.
+    pub imports: Vec<Import>,
 }
 
 /// Every error's body (`application/problem+json`, RFC 9457).

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ebb_compute::control::Durability;
+use ebb_compute::postgres::DATABASE;
 use ebb_types::{BranchId, LayerId, Lsn, Point};
 
 use super::views::{checkpoint_view, known_since, seconds_to_ms};
@@ -196,10 +197,10 @@ impl Service {
         Ok(())
     }
 
-    /// Writes a point out as a plain data directory.
+    /// Writes a point out, as a plain data directory or as pg_dump does.
     ///
     /// # Errors
-    /// If there is no such point, or the directory is not empty.
+    /// If there is no such point, or something is there where it is to go.
     pub async fn export(
         self: &Arc<Self>,
         caller: &Caller,
@@ -212,8 +213,12 @@ impl Service {
         if !request.dir.is_absolute() {
             return Err(Refusal::Invalid(format!("the path {:?} is not absolute", request.dir)).into());
         }
-        let acted =
-            self.act(&project, caller, Ask::Export { branch: branch.to_owned(), point, dir: request.dir }).await?;
+        let dump = request.format.map(|format| (format, request.database.unwrap_or_else(|| DATABASE.to_owned())));
+        if dump.is_some() && point == Point::Head {
+            self.seal_head(&project, branch).await?;
+        }
+        let ask = Ask::Export { branch: branch.to_owned(), point, dir: request.dir, dump };
+        let acted = self.act(&project, caller, ask).await?;
         match acted.plan {
             Plan::Export { dir, .. } => {
                 let value = api::Exported { bytes: exported_bytes(dir.clone()).await?, dir };
@@ -221,6 +226,22 @@ impl Service {
             }
             plan => Err(other_act(&plan)),
         }
+    }
+
+    /// Makes the recorded head what the branch holds now.
+    async fn seal_head(self: &Arc<Self>, project: &Arc<Project>, branch: &str) -> Result<()> {
+        let (service, project) = (self.clone(), project.clone());
+        let branch = project.ledger.state().branch(branch)?.0;
+        self.tracked("sealing a branch", async move {
+            let _ops = service.lock(&project.cell(branch)).await?;
+            let line = project.line(branch)?.line;
+            let sealed = service.seal_locked(&project, branch, LayerId::generate()).await?;
+            match sealed {
+                Some(_) => service.note_seal(&project, branch, line, sealed).await,
+                None => Ok(()),
+            }
+        })
+        .await
     }
 
     /// How a branch's compute is, and who uses it.
@@ -284,8 +305,10 @@ impl Service {
     }
 }
 
-async fn exported_bytes(dir: PathBuf) -> Result<u64> {
-    tokio::task::spawn_blocking(move || crate::files::tree_bytes(&dir))
-        .await
-        .map_err(|_| crate::Error::Lost("counting an export"))?
+async fn exported_bytes(path: PathBuf) -> Result<u64> {
+    let measure = move || match std::fs::metadata(&path) {
+        Ok(found) if found.is_file() => Ok(found.len()),
+        _ => crate::files::tree_bytes(&path),
+    };
+    tokio::task::spawn_blocking(measure).await.map_err(|_| crate::Error::Lost("counting an export"))?
 }

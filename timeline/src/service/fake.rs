@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
-use crate::event::Replay;
-use crate::node::{Line, Node, Roles, Sealed, Start};
+use crate::event::{Dump, Replay};
+use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -38,6 +38,12 @@ pub struct World {
     pub wal: HashMap<(BranchId, u64), Vec<(Lsn, String)>>,
     /// Where layers are uploaded to; `None` once they need not be found there.
     pub bucket: Option<Bucket>,
+    /// Directories that imports use.
+    pub staged: HashSet<BranchId>,
+    /// Imports wait for this.
+    pub import_pauses: Option<Arc<tokio::sync::Notify>>,
+    /// What is imported is damaged.
+    pub fail_import: bool,
 }
 
 #[derive(Debug)]
@@ -301,6 +307,11 @@ impl Node for FakeNode {
         Ok(text.len() as u64)
     }
 
+    async fn dump(&self, dump: &Dump, like: &Start, to: &Path) -> Result<()> {
+        assert!(!self.is_running(dump.scratch), "two computes in one directory");
+        self.export(like.data.head, to).await.map(drop)
+    }
+
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
         Ok(self.0.lock().layers.get(&layer).map(|(chain, _)| chain.clone()).unwrap_or_default())
     }
@@ -360,6 +371,46 @@ impl Node for FakeNode {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
         let world = self.0.lock();
         Ok(world.volumes.get(&branch).map_or(0, |volume| u64::from(volume.dirty)))
+    }
+
+    async fn import_look(&self, request: &ImportRequest) -> Result<(ImportFrom, Option<u32>)> {
+        match request {
+            ImportRequest::Directory(path) => Ok((ImportFrom::Directory(path.clone()), Some(15))),
+            other => panic!("tests import directories, not {other:?}"),
+        }
+    }
+
+    async fn import_copy(&self, job: &ImportJob) -> Result<()> {
+        self.0.lock().staged.insert(job.scratch);
+        let pause = self.0.lock().import_pauses.clone();
+        if let Some(pause) = pause {
+            pause.notified().await;
+        }
+        Ok(())
+    }
+
+    async fn import_settle(&self, job: &ImportJob) -> Result<()> {
+        match self.0.lock().fail_import {
+            true => {
+                Err(ebb_compute::Error::Import { why: "damaged".to_owned(), hint: Some("Mend it.".to_owned()) }.into())
+            }
+            false => Ok(assert!(self.0.lock().staged.contains(&job.scratch), "nothing was staged")),
+        }
+    }
+
+    async fn import_seal(&self, job: &ImportJob) -> Result<Option<Lsn>> {
+        let rows = Rows::from(["imported".to_owned()]);
+        self.0.lock().layers.insert(job.layer, (vec![job.layer], rows));
+        Ok(None)
+    }
+
+    async fn import_leave(&self, scratch: BranchId, layer: Option<LayerId>) -> Result<()> {
+        let mut world = self.0.lock();
+        world.staged.remove(&scratch);
+        if let Some(layer) = layer {
+            world.layers.remove(&layer);
+        }
+        Ok(())
     }
 }
 

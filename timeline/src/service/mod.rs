@@ -19,6 +19,7 @@ pub(crate) mod collect;
 mod compute;
 #[cfg(test)]
 pub(crate) mod fake;
+mod imports;
 mod owners;
 mod past;
 mod projects;
@@ -155,6 +156,7 @@ pub struct Service {
     collector: Collector,
     /// When it was last looked for what other nodes have made.
     looked_at: tokio::sync::Mutex<Option<Instant>>,
+    imports: imports::Imports,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// There may be operations that nobody carries out any more.
@@ -222,6 +224,7 @@ impl Service {
         std::fs::create_dir_all(&config.data_dir).on("create", &config.data_dir)?;
         // What was being made when the last service ended is of no use to anyone.
         crate::files::remove_dir(&config.data_dir.join("tmp"))?;
+        crate::node::remove_import_stages(&config.data_dir).await?;
         let secrets = SecretStore::open(&config.data_dir, bucket.clone())?;
         let artifacts = Artifacts::new(&config.data_dir, bucket.clone());
         artifacts.sweep()?;
@@ -246,6 +249,7 @@ impl Service {
             uploaded: Mutex::default(),
             collector: Collector::default(),
             looked_at: tokio::sync::Mutex::default(),
+            imports: imports::Imports::default(),
             changed: Notify::new(),
             left_behind: Notify::new(),
             layers_changed: Notify::new(),

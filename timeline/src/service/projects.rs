@@ -21,28 +21,25 @@ use super::views::{Reader, encode_query};
 use super::{Answer, Caller, Project, Service};
 use crate::api::types as api;
 use crate::catalog::{CatalogEvent, ledger_name};
-use crate::decide::{Ask, PROD};
+use crate::decide::{Ask, DEV, PROD};
 use crate::event::{Event, Plan};
 use crate::ledger::read_chain;
 use crate::machine::Standing;
 use crate::secrets::generate_password;
 use crate::{Refusal, Result};
 
-/// The second branch that a project starts with.
-const DEV: &str = "dev";
-
 /// LIMIT: deleting a project waits for nobody's transaction.
 const DELETE_FENCE_MAX: Duration = Duration::from_millis(500);
 
 /// A call is making or deleting this project as long as this lives.
-struct Moving<'a> {
+pub(super) struct Moving<'a> {
     service: &'a Service,
     project: ProjectId,
 }
 
 impl<'a> Moving<'a> {
     /// `None` if somebody else is at it.
-    fn new(service: &'a Service, project: ProjectId) -> Option<Self> {
+    pub(super) fn new(service: &'a Service, project: ProjectId) -> Option<Self> {
         let first = service.moving.lock().insert(project);
         // Not `then_some`: what it drops would take the other's mark away, and wait for the lock held here.
         first.then(|| Self { service, project })
@@ -97,9 +94,19 @@ impl Service {
         if id != fresh {
             return self.replayed_project(caller, id).await;
         }
-        let made = self.make_project(caller, id, &request, pg_major, template).await;
+        let branch = |name: &str| Event::BranchCreated {
+            branch: BranchId::generate(),
+            name: name.parse().expect("the first branches' names are names"),
+            head: template,
+            end: None,
+            parent: None,
+            rescue_until: None,
+        };
+        let plan = Plan::CreateProject { name: request.name.clone() };
+        let then = vec![branch(PROD), branch(DEV), Event::OperationDone];
+        let made = self.make_project(caller, id, &request, pg_major, (OperationId::generate(), plan, then)).await;
         let project = match made {
-            Ok(project) => project,
+            Ok(project) => self.admit(project),
             Err(error) => {
                 // Best effort now; the reconciler and the next start do the same.
                 let _ = self.settle_reserved(id, &request.name).await;
@@ -120,14 +127,15 @@ impl Service {
         }
     }
 
-    async fn make_project(
+    /// Makes what a project is: its secret, and a ledger that begins with an operation and what that has done already.
+    pub(super) async fn make_project(
         &self,
         caller: &Caller,
         id: ProjectId,
         request: &api::CreateProject,
         pg_major: u32,
-        template: ebb_types::LayerId,
-    ) -> Result<Arc<Project>> {
+        (op, plan, then): (OperationId, Plan, Vec<Event>),
+    ) -> Result<Project> {
         let password = generate_password();
         // 4096 rounds of a hash: off the threads that serve everybody else.
         let hashed = password.clone();
@@ -136,16 +144,8 @@ impl Service {
             .map_err(|_| crate::Error::Lost("making a verifier"))?;
         self.secrets.put_owner(id, &password).await?;
         let project = self.open_project(id, request.name.clone()).await?;
-        let branch = |name: &str| Event::BranchCreated {
-            branch: BranchId::generate(),
-            name: name.parse().expect("the first branches' names are names"),
-            head: template,
-            end: None,
-            parent: None,
-            rescue_until: None,
-        };
-        let events = vec![
-            Event::OperationBegun { plan: Box::new(Plan::CreateProject { name: request.name.clone() }), key: None },
+        let mut events = vec![
+            Event::OperationBegun { plan: Box::new(plan), key: None },
             Event::ProjectCreated {
                 project: id,
                 name: request.name.clone(),
@@ -154,19 +154,21 @@ impl Service {
                 verifier,
             },
             Event::OwnerChanged { node: self.nodes.me(), epoch: 1 },
-            branch(PROD),
-            branch(DEV),
-            Event::OperationDone,
         ];
-        let op = OperationId::generate();
+        events.extend(then);
         project.ledger.append(&caller.actor, Some(op), |_| Ok((events.clone(), ()))).await?;
         self.catalog.append(&caller.actor, None, |_| Ok((vec![CatalogEvent::Opened { project: id }], ()))).await?;
-        let project = Arc::new(project);
         self.keep_if_ours(&project);
-        self.projects.write().insert(id, project.clone());
-        self.layers_changed.notify_one();
         tracing::info!(project = %request.name, "project made");
         Ok(project)
+    }
+
+    /// Makes a project known to everybody.
+    pub(super) fn admit(&self, project: Project) -> Arc<Project> {
+        let project = Arc::new(project);
+        self.projects.write().insert(project.id, project.clone());
+        self.layers_changed.notify_one();
+        project
     }
 
     async fn created_view(&self, project: &Project) -> Result<api::CreatedProject> {
@@ -271,7 +273,7 @@ impl Service {
         .await
     }
 
-    async fn begin_delete(self: &Arc<Self>, caller: &Caller, project: &Arc<Project>) -> Result<()> {
+    pub(super) async fn begin_delete(self: &Arc<Self>, caller: &Caller, project: &Arc<Project>) -> Result<()> {
         self.claim(project).await?;
         let mut locks = Vec::new();
         for &branch in project.ledger.state().branches.keys() {
@@ -280,7 +282,11 @@ impl Service {
         let state = project.ledger.state();
         if let Some((op, operation)) = state.operations.iter().next() {
             let held = operation.plan.holds().and_then(|branch| state.branches.get(&branch));
-            let branch = held.map(|branch| branch.name.clone()).ok_or(crate::Error::Lost("an operation"))?;
+            let branch = match &operation.plan {
+                Plan::Import { name, .. } => Some(name.clone()),
+                _ => held.map(|branch| branch.name.clone()),
+            };
+            let branch = branch.ok_or(crate::Error::Lost("an operation"))?;
             return Err(Refusal::Busy { branch, act: operation.plan.act(), operation: *op }.into());
         }
         let (id, node) = (project.id, self.nodes.me());
@@ -336,7 +342,7 @@ impl Service {
     }
 
     /// A reserved project becomes what it got to: one with its first entry is opened, one without is forgotten.
-    async fn settle_reserved(&self, id: ProjectId, name: &ProjectName) -> Result<()> {
+    pub(super) async fn settle_reserved(&self, id: ProjectId, name: &ProjectName) -> Result<()> {
         let project = self.open_project(id, name.clone()).await?;
         if project.ledger.state().facts.is_none() {
             self.secrets.delete_owner(id).await?;

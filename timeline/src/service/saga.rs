@@ -49,13 +49,13 @@ enum Begun {
 }
 
 /// An operation is being driven as long as this lives.
-struct Driven<'a> {
+pub(super) struct Driven<'a> {
     project: &'a Project,
     op: OperationId,
 }
 
 impl<'a> Driven<'a> {
-    fn new(project: &'a Project, op: OperationId) -> Self {
+    pub(super) fn new(project: &'a Project, op: OperationId) -> Self {
         project.driven.lock().insert(op);
         Self { project, op }
     }
@@ -170,6 +170,7 @@ impl Service {
             match self.undo(project, op, error.chain()).await {
                 Ok(()) => {
                     self.clean_up(&operation.plan).await;
+                    self.clean_up_import(project, &operation.plan).await;
                     count(&operation.plan, "undone");
                     return Err(error);
                 }
@@ -215,13 +216,17 @@ impl Service {
 
     /// Removes what an operation that was given up, or is done, used besides the branches.
     async fn clean_up(&self, plan: &Plan) {
-        let Some(replay) = plan.replay() else { return };
+        let Some(scratch) = plan.scratch() else { return };
         let removed = async {
-            self.node.discard(replay.scratch).await?;
-            self.node.remove_branch(replay.scratch).await
+            self.node.discard(scratch).await?;
+            self.node.remove_branch(scratch).await?;
+            match plan {
+                Plan::Export { dump: Some(_), dir, .. } => crate::node::remove_unfinished_dump(dir),
+                _ => Ok(()),
+            }
         };
         if let Err(error) = removed.await {
-            self.report("removing what a replay used", &error);
+            self.report("removing what an operation used", &error);
         }
     }
 
@@ -290,6 +295,13 @@ impl Service {
             (Plan::Wake { branch }, Step::Start) => {
                 self.wake_locked(project, *branch, &project.cell(*branch)).await?;
             }
+            (Plan::Export { branch, layer, replay, dir, dump: Some(dump), .. }, Step::Write) => {
+                let layer = layer.or(replay.as_ref().map(|replay| replay.layer));
+                let head = layer.unwrap_or(project.line(*branch)?.head);
+                let like = self.beside(project, dump.scratch, head)?;
+                self.node.dump(dump, &like, dir).await?;
+                self.clean_up(plan).await;
+            }
             (Plan::Export { branch, layer, seal, dir, replay, .. }, Step::Write) => {
                 let layer = match layer.or(replay.as_ref().map(|replay| replay.layer)) {
                     Some(layer) => layer,
@@ -301,12 +313,29 @@ impl Service {
                 self.node.export(layer, dir).await?;
                 self.clean_up(plan).await;
             }
+            (Plan::Import { scratch, .. }, step) => found.end = self.import_step(*scratch, step).await?,
             (plan, step) => {
                 let what = format!("operation {:?} has no step {step:?}", plan.act());
                 return Err(Refusal::TooLate(what).into());
             }
         }
         Ok(found)
+    }
+
+    /// How a compute is started that nobody else knows of, on a copy of an image.
+    fn beside(&self, project: &Project, scratch: BranchId, head: LayerId) -> Result<Start> {
+        let state = project.ledger.state();
+        let facts = state.facts()?;
+        Ok(Start {
+            data: Line { branch: scratch, line: 0, head, epoch: 0 },
+            pg_major: facts.pg_major,
+            head_end: None,
+            earlier: Vec::new(),
+            begun_here: true,
+            fork: true,
+            durability: Durability::Local,
+            verifier: facts.verifier.clone(),
+        })
     }
 
     /// Makes the image of a moment between seals.
@@ -374,6 +403,7 @@ impl Service {
             if let Err(error) = self.recover_one(project, *op, operation).await {
                 self.report("recovering an operation", &error);
             }
+            self.delete_if_never_made(&project).await;
         }
     }
 
@@ -404,6 +434,7 @@ impl Service {
         } else {
             self.undo(project, op, "it was interrupted before it took effect".to_owned()).await?;
             self.clean_up(&operation.plan).await;
+            self.clean_up_import(project, &operation.plan).await;
             count(&operation.plan, "undone");
             tracing::info!(%op, act, "an interrupted operation was undone");
         }
@@ -416,7 +447,9 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
     let state = project.ledger.state();
     let name = match ask {
         // See `Plan::holds`.
-        Ask::CreateBranch { point: Point::Lsn(_) | Point::Time(_), .. } => return Ok(None),
+        Ask::CreateBranch { point: Point::Lsn(_) | Point::Time(_), .. } | Ask::Export { dump: Some(_), .. } => {
+            return Ok(None);
+        }
         Ask::CreateBranch { from, .. } => from.as_str(),
         Ask::DeleteBranch { branch }
         | Ask::CreateCheckpoint { branch, .. }
@@ -426,11 +459,11 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
         | Ask::Wake { branch }
         | Ask::Export { branch, .. } => branch.as_str(),
         Ask::Release { .. } | Ask::Rollback { .. } => crate::decide::PROD,
-        Ask::ChangeBranch { .. } | Ask::ShowUrl { .. } => return Ok(None),
+        Ask::ChangeBranch { .. } | Ask::ShowUrl { .. } | Ask::Import { .. } => return Ok(None),
     };
     Ok(Some(state.branch(name)?.0))
 }
 
-fn count(plan: &Plan, result: &'static str) {
+pub(super) fn count(plan: &Plan, result: &'static str) {
     metrics::counter!("ebb_timeline_operations_total", "act" => plan.act(), "result" => result).increment(1);
 }

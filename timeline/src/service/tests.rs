@@ -529,7 +529,7 @@ async fn every_act_leaves_receipts_that_can_be_read() {
     service.delete_branch(&caller(), "shop", "pr").await.unwrap();
     service.branch_url(&caller(), "shop", "dev").await.unwrap();
     restore(&service, "dev", "one").await.unwrap();
-    let export = api::Export { point: None, dir: rig.dir.path().join("out") };
+    let export = api::Export { point: None, dir: rig.dir.path().join("out"), format: None, database: None };
     assert_eq!(service.export(&caller(), "shop", "dev", export).await.unwrap().value.bytes, 1);
     deploy(&rig, &service, "one", &[]).await.unwrap();
     deploy(&rig, &service, "two", &[]).await.unwrap();
@@ -599,7 +599,10 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
         Cut::Suspend => service.suspend_compute(&caller(), "shop", "prod").await.map(drop),
         Cut::Export => {
             let dir = rig.dir.path().join(format!("out-{:x}", rand::random::<u32>()));
-            service.export(&caller(), "shop", "prod", api::Export { point: None, dir }).await.map(drop)
+            service
+                .export(&caller(), "shop", "prod", api::Export { point: None, dir, format: None, database: None })
+                .await
+                .map(drop)
         }
     }
 }

@@ -182,6 +182,7 @@ impl Reader {
                 let point = point.as_ref().unwrap_or(&Point::Head);
                 self.branch_name(*branch).map(|branch| format!("{branch}@{point} to {}", dir.display()))
             }
+            Plan::Import { name, origin, .. } => Some(format!("{name} from {}", origin.at)),
             Plan::ChangeBranch { branch }
             | Plan::DeleteBranch { branch }
             | Plan::Suspend { branch, .. }

@@ -19,10 +19,13 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::identity::{self, Identity};
-use super::wire::{self, BranchNews, News, Order, Reply, Request, TELL_EVERY, What};
+use super::wire::{self, BranchNews, News, Order, Reply, Request, SILENCE_MAX, Said, TELL_EVERY, What};
 
 /// LIMIT: another node is a round trip away, or gone.
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+
+/// LIMIT: what another node answers from its memory, or with a look at the bucket.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// LIMIT: a wake that takes longer has failed.
 const WAKE_WITHIN: Duration = Duration::from_secs(60);
@@ -74,6 +77,24 @@ struct GuestLink {
     gone: CancellationToken,
 }
 
+impl GuestLink {
+    /// Waits for an answer as long as the owner shows that it is there.
+    async fn bounded<T>(
+        &self,
+        within: Duration,
+        answer: impl Future<Output = Result<T, Unreached>>,
+    ) -> Result<T, Unreached> {
+        match self.gone.run_until_cancelled(bounded(within, answer)).await {
+            Some(answer) => answer,
+            None => Err(io::Error::other("the node does not answer").into()),
+        }
+    }
+}
+
+async fn bounded<T>(within: Duration, answer: impl Future<Output = Result<T, Unreached>>) -> Result<T, Unreached> {
+    tokio::time::timeout(within, answer).await.map_err(io::Error::from)?
+}
+
 impl Peers {
     /// Prepares to use other nodes; nobody is asked yet. Sockets are made in `dir`, which is emptied.
     ///
@@ -95,9 +116,7 @@ impl Peers {
     pub async fn wake(self: &Arc<Self>, owner: &Record, branch: BranchId) -> Result<(u64, PathBuf), Unreached> {
         let link = self.link(owner).await?;
         let guest = self.identity.node;
-        let (_, reply) = tokio::time::timeout(WAKE_WITHIN, self.ask(owner, &Request::Wake { guest, branch }))
-            .await
-            .map_err(io::Error::from)??;
+        let (_, reply) = link.bounded(WAKE_WITHIN, self.ask(owner, &Request::Wake { guest, branch })).await?;
         let generation = match reply {
             Reply::Awake { generation } => generation,
             other => return Err(unexpected(other)),
@@ -116,7 +135,8 @@ impl Peers {
     /// # Errors
     /// See [`Unreached`].
     pub async fn verifier(&self, owner: &Record, branch: BranchId, role: &str) -> Result<Option<String>, Unreached> {
-        match self.ask(owner, &Request::Verifier { branch, role: role.to_owned() }).await? {
+        let request = Request::Verifier { branch, role: role.to_owned() };
+        match bounded(ANSWER_WITHIN, self.ask(owner, &request)).await? {
             (_, Reply::Verifier { verifier }) => Ok(verifier),
             (_, other) => Err(unexpected(other)),
         }
@@ -127,7 +147,7 @@ impl Peers {
     /// # Errors
     /// See [`Unreached`].
     pub async fn api(&self, owner: &Record) -> Result<TlsStream<TcpStream>, Unreached> {
-        match self.ask(owner, &Request::Api).await? {
+        match bounded(ANSWER_WITHIN, self.ask(owner, &Request::Api)).await? {
             (stream, Reply::Ready) => Ok(stream),
             (_, other) => Err(unexpected(other)),
         }
@@ -153,7 +173,7 @@ impl Peers {
             return Ok(link.clone());
         }
         let guest = self.identity.node;
-        let (stream, reply) = self.ask(owner, &Request::Link { guest }).await?;
+        let (stream, reply) = bounded(ANSWER_WITHIN, self.ask(owner, &Request::Link { guest })).await?;
         if !matches!(reply, Reply::Ready) {
             return Err(unexpected(reply));
         }
@@ -191,8 +211,11 @@ impl Peers {
         let (tell, mut told) = mpsc::unbounded_channel::<News>();
         let ordered = async {
             loop {
-                let order: Order = wire::receive(&mut reader).await?;
-                self.carry_out(order, &tell);
+                let said = tokio::time::timeout(SILENCE_MAX, wire::receive(&mut reader)).await;
+                match said.map_err(io::Error::from)?? {
+                    Said::Alive => {}
+                    Said::Order(order) => self.carry_out(order, &tell),
+                }
             }
         };
         let telling = async {
@@ -267,7 +290,7 @@ impl Peers {
 
     async fn relay(&self, owner: &Record, branch: BranchId, mut client: UnixStream) -> Result<(), Unreached> {
         let guest = self.identity.node;
-        match self.ask(owner, &Request::Connect { guest, branch }).await? {
+        match bounded(WAKE_WITHIN, self.ask(owner, &Request::Connect { guest, branch })).await? {
             (mut stream, Reply::Ready) => Ok(copy_bidirectional(&mut client, &mut stream).await.map(drop)?),
             (_, other) => Err(unexpected(other)),
         }

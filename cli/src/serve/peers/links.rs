@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::wire::{self, BranchNews, News, Order, SILENCE_MAX, What};
+use super::wire::{self, BranchNews, News, Order, SILENCE_MAX, Said, TELL_EVERY, What};
 
 /// LIMIT: a guest answers when its sessions are set aside; one that is late beyond this is cut off.
 const ANSWER_MARGIN: Duration = Duration::from_secs(2);
@@ -65,10 +65,14 @@ impl Links {
         }
         let (mut reader, mut writer) = tokio::io::split(stream);
         let sending = async {
-            while let Some(order) = next_order.recv().await {
-                wire::send(&mut writer, &order).await?;
+            let mut tick = tokio::time::interval(TELL_EVERY);
+            loop {
+                let said = tokio::select! {
+                    Some(order) = next_order.recv() => Said::Order(order),
+                    _ = tick.tick() => Said::Alive,
+                };
+                wire::send(&mut writer, &said).await?;
             }
-            Ok::<_, std::io::Error>(())
         };
         let receiving = async {
             loop {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 /// LIMIT: the longest frame tells the sessions of a branch, of which there are thousands at most.
 const FRAME_BYTES_MAX: u32 = 4 << 20;
 
-/// How often a guest tells what its clients are doing; also the sign that it is still there.
+/// How often a guest tells what its clients are doing, and an owner that it is there: also a sign of life.
 pub const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// LIMIT: several of these signs may be late on a busy machine.
@@ -71,6 +71,16 @@ pub enum What {
     Release,
     /// Their compute is gone.
     Lost { generation: u64 },
+}
+
+/// What an owner says on a link.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
+    /// It is there.
+    Alive,
+    /// Do this.
+    Order(Order),
 }
 
 /// What a guest tells.

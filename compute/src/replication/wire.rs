@@ -1,5 +1,6 @@
-//! The client side of Postgres's physical replication (PostgreSQL 15 manual, 55.4), over the unit's private socket.
+//! The client side of Postgres's physical replication (PostgreSQL 15 manual, 55.4), over any stream of bytes.
 
+use std::fmt::Debug;
 use std::io;
 use std::path::Path;
 use std::str::FromStr;
@@ -8,18 +9,19 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use ebb_types::{Lsn, Timestamp};
 use fallible_iterator::FallibleIterator;
-use postgres_protocol::message::backend::{self, DataRowBody, ErrorFields};
+use postgres_protocol::authentication::md5_hash;
+use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::message::backend::{self, AuthenticationSaslBody, DataRowBody, ErrorFields};
 use postgres_protocol::message::frontend;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::STANDBY;
 use crate::postgres::SUPERUSER;
 
 /// LIMIT: a walsender sends at most 16 pages of WAL at once (PostgreSQL 15 `walsender.c`, `MAX_SEND_SIZE`), and less of
 /// anything else.
-pub(super) const MESSAGE_BYTES_MAX: usize = 16 * 8192 + 1024;
+pub(crate) const MESSAGE_BYTES_MAX: usize = 16 * 8192 + 1024;
 
 /// LIMIT: an answer takes no time; a server that takes so long for it has other troubles.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -32,42 +34,60 @@ const POSTGRES_EPOCH: i64 = 946_684_800;
 
 /// Why the conversation ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     #[error("the connection to postgres failed")]
     Io(#[from] io::Error),
     #[error("postgres refused replication: {message}")]
     Refused { code: String, message: String },
+    #[error("postgres wants a password")]
+    NoPassword,
     #[error("postgres took too long to answer about replication")]
     Deadline(#[from] tokio::time::error::Elapsed),
     #[error("postgres said something else than expected: {0}")]
     Unexpected(&'static str),
 }
 
-pub(super) type Result<T, E = Error> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What `IDENTIFY_SYSTEM` answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct System {
+pub(crate) struct System {
     pub identifier: u64,
     pub pg_timeline: u32,
     /// Up to here WAL is on disk.
     pub flushed: Lsn,
 }
 
+/// What a connection goes over.
+pub(crate) trait Transport: AsyncRead + AsyncWrite + Debug + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Debug + Unpin + Send> Transport for T {}
+
+/// Who connects.
+#[derive(Clone, Copy)]
+pub(crate) struct Login<'a> {
+    pub user: &'a str,
+    pub password: Option<&'a [u8]>,
+    /// What the server knows the connection by; as a standby, too.
+    pub application: &'a str,
+}
+
 /// A connection to a walsender that was asked for nothing yet.
 #[derive(Debug)]
-pub(super) struct Connection {
-    stream: UnixStream,
+pub(crate) struct Connection {
+    stream: Box<dyn Transport>,
     received: BytesMut,
+    /// As the server names it: `15.18 (Debian …)`.
+    server_version: String,
 }
 
 /// A connection over which WAL comes.
 #[derive(Debug)]
-pub(super) struct Stream(Connection);
+pub(crate) struct Stream(Connection);
 
 /// What comes over it.
 #[derive(Debug)]
-pub(super) enum Message {
+pub(crate) enum Message {
     /// WAL from `start` on, at most [`MESSAGE_BYTES_MAX`]; all there is ends at `end`.
     Wal { start: Lsn, end: Lsn, bytes: Bytes },
     /// All there is ends here. Whether an answer is wanted.
@@ -77,25 +97,90 @@ pub(super) enum Message {
 }
 
 impl Connection {
-    /// Connects as the standby that commits may wait for.
-    pub async fn open(socket: &Path) -> Result<Self> {
-        timeout(DEADLINE, async {
-            let mut connection = Self { stream: UnixStream::connect(socket).await?, received: BytesMut::new() };
-            let parameters = [("user", SUPERUSER), ("replication", "true"), ("application_name", STANDBY)];
-            let mut startup = BytesMut::new();
-            frontend::startup_message(parameters, &mut startup)?;
-            connection.stream.write_all(&startup).await?;
-            loop {
-                match connection.next().await? {
-                    backend::Message::ReadyForQuery(_) => return Ok(connection),
-                    backend::Message::AuthenticationOk
-                    | backend::Message::ParameterStatus(_)
-                    | backend::Message::BackendKeyData(_) => {}
-                    _ => return Err(Error::Unexpected("it wants to authenticate")),
+    /// Connects to a branch's own socket, which asks nobody for a password.
+    pub async fn open(socket: &Path, application: &str) -> Result<Self> {
+        let stream = timeout(DEADLINE, UnixStream::connect(socket)).await??;
+        Self::begin(stream, Login { user: SUPERUSER, password: None, application }).await
+    }
+
+    /// Says who is there, and proves it.
+    pub async fn begin(stream: impl Transport + 'static, login: Login<'_>) -> Result<Self> {
+        let stream = Box::new(stream);
+        let mut connection = Self { stream, received: BytesMut::new(), server_version: String::new() };
+        timeout(DEADLINE, connection.log_in(login)).await??;
+        Ok(connection)
+    }
+
+    async fn log_in(&mut self, login: Login<'_>) -> Result<()> {
+        let parameters = [("user", login.user), ("replication", "true"), ("application_name", login.application)];
+        let mut startup = BytesMut::new();
+        frontend::startup_message(parameters, &mut startup)?;
+        self.stream.write_all(&startup).await?;
+        loop {
+            match self.next().await? {
+                backend::Message::ReadyForQuery(_) => return Ok(()),
+                backend::Message::ParameterStatus(body) if body.name()? == "server_version" => {
+                    self.server_version = body.value()?.to_owned();
                 }
+                backend::Message::AuthenticationOk
+                | backend::Message::ParameterStatus(_)
+                | backend::Message::BackendKeyData(_) => {}
+                backend::Message::AuthenticationCleartextPassword => {
+                    self.prove(login.password.ok_or(Error::NoPassword)?).await?;
+                }
+                backend::Message::AuthenticationMd5Password(body) => {
+                    let password = login.password.ok_or(Error::NoPassword)?;
+                    self.prove(md5_hash(login.user.as_bytes(), password, body.salt()).as_bytes()).await?;
+                }
+                backend::Message::AuthenticationSasl(body) => {
+                    self.scram(&body, login.password.ok_or(Error::NoPassword)?).await?;
+                }
+                _ => return Err(Error::Unexpected("it wants to authenticate in a way that is not known here")),
             }
-        })
-        .await?
+        }
+    }
+
+    async fn prove(&mut self, password: &[u8]) -> Result<()> {
+        let mut out = BytesMut::new();
+        frontend::password_message(password, &mut out)?;
+        Ok(self.stream.write_all(&out).await?)
+    }
+
+    async fn scram(&mut self, offered: &AuthenticationSaslBody, password: &[u8]) -> Result<()> {
+        if !offered.mechanisms().any(|name| Ok(name == SCRAM_SHA_256))? {
+            return Err(Error::Unexpected("it wants to authenticate in a way that is not known here"));
+        }
+        let mut scram = ScramSha256::new(password, ChannelBinding::unsupported());
+        let mut out = BytesMut::new();
+        frontend::sasl_initial_response(SCRAM_SHA_256, scram.message(), &mut out)?;
+        self.stream.write_all(&out).await?;
+        let backend::Message::AuthenticationSaslContinue(body) = self.next().await? else {
+            return Err(Error::Unexpected("it does not go on authenticating"));
+        };
+        scram.update(body.data())?;
+        out.clear();
+        frontend::sasl_response(scram.message(), &mut out)?;
+        self.stream.write_all(&out).await?;
+        let backend::Message::AuthenticationSaslFinal(body) = self.next().await? else {
+            return Err(Error::Unexpected("it does not prove that it knows the password"));
+        };
+        Ok(scram.finish(body.data())?)
+    }
+
+    /// The major version of the server.
+    pub fn pg_major(&self) -> Option<u32> {
+        let digits = self.server_version.find(|c: char| !c.is_ascii_digit()).unwrap_or(self.server_version.len());
+        self.server_version[..digits].parse().ok()
+    }
+
+    /// A setting of the server, as it shows it.
+    pub async fn show(&mut self, setting: &str) -> Result<String> {
+        column(&self.ask(&format!("SHOW {setting}")).await?, 0)
+    }
+
+    /// Makes a physical slot that goes with this connection, and keeps WAL from the latest `pg_checkpoint` on.
+    pub async fn make_temporary_slot(&mut self, name: &str) -> Result<()> {
+        self.ask(&format!("CREATE_REPLICATION_SLOT {name} TEMPORARY PHYSICAL RESERVE_WAL")).await.map(drop)
     }
 
     /// Which cluster this is, and where it is.
@@ -153,7 +238,8 @@ impl Connection {
         .await?
     }
 
-    async fn send(&mut self, command: &str) -> Result<()> {
+    /// Sends a command whose answer the caller reads.
+    pub(super) async fn send(&mut self, command: &str) -> Result<()> {
         let mut out = BytesMut::new();
         frontend::query(command, &mut out)?;
         Ok(self.stream.write_all(&out).await?)
@@ -163,7 +249,7 @@ impl Connection {
     ///
     /// # Cancel safety
     /// What was received stays in the buffer.
-    async fn next(&mut self) -> Result<backend::Message> {
+    pub(super) async fn next(&mut self) -> Result<backend::Message> {
         loop {
             match backend::Message::parse(&mut self.received)? {
                 Some(backend::Message::ErrorResponse(body)) => return Err(refused(body.fields())?),
@@ -243,7 +329,8 @@ fn parse(mut bytes: Bytes) -> Result<Option<Message>> {
     }
 }
 
-fn column<T: FromStr>(row: &DataRowBody, number: usize) -> Result<T> {
+/// A column of a row, as text.
+pub(super) fn column<T: FromStr>(row: &DataRowBody, number: usize) -> Result<T> {
     let range = row.ranges().nth(number)?.flatten();
     let text = range.and_then(|range| std::str::from_utf8(row.buffer().get(range)?).ok());
     text.and_then(|text| text.parse().ok()).ok_or(Error::Unexpected("a column that makes no sense"))
