@@ -12,6 +12,8 @@ use ebb_types::{
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
+use crate::drill::{Fault, Probe, Report, TableRows};
+use crate::upkeep::UpkeepChange;
 
 /// One thing that happened in a project.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,6 +72,9 @@ pub enum Event {
         /// What its commits wait for, if that is new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         durability: Option<Durability>,
+        /// What is new of what is done for it by itself.
+        #[serde(default, skip_serializing_if = "UpkeepChange::is_empty")]
+        upkeep: UpkeepChange,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {
@@ -115,6 +120,9 @@ pub enum Event {
         /// The transaction number that was next, where known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         next_xid: Option<u64>,
+        /// Whether a schedule made it: then a schedule may delete it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        automatic: bool,
     },
     /// The name is gone.
     CheckpointDeleted {
@@ -155,6 +163,29 @@ pub enum Event {
         /// What was taken back.
         releases: Vec<ReleaseId>,
     },
+    /// A point was restored out of the bucket alone, and is what it should be.
+    DrillPassed {
+        /// On which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// What was measured.
+        report: Report,
+        /// For a checkpoint's first: what the next ones are compared with.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rows: Vec<TableRows>,
+    },
+    /// A point could not be restored out of the bucket alone, or is not what it should be.
+    DrillFailed {
+        /// On which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// What was measured until then.
+        report: Report,
+        /// What is wrong.
+        fault: Fault,
+    },
     /// An act was accepted. Every other event of the act comes after this one, under the same operation id.
     OperationBegun {
         /// All that it takes to carry it out, or to give it up.
@@ -178,6 +209,10 @@ pub enum Event {
         /// Why.
         why: String,
     },
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A caller's idempotency key.
@@ -296,6 +331,9 @@ pub enum Plan {
     DeleteBranch {
         /// Which.
         branch: BranchId,
+        /// The rule by which it goes, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rule: Option<String>,
     },
     /// Name the head.
     CreateCheckpoint {
@@ -305,6 +343,9 @@ pub enum Plan {
         name: CheckpointName,
         /// What a seal of the branch makes.
         seal: LayerId,
+        /// Whether a schedule asks for it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        automatic: bool,
     },
     /// Take a name away.
     DeleteCheckpoint {
@@ -312,6 +353,9 @@ pub enum Plan {
         branch: BranchId,
         /// The name.
         name: CheckpointName,
+        /// The rule by which it goes, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rule: Option<String>,
     },
     /// Set a branch to a point of its history.
     Restore {
@@ -403,6 +447,23 @@ pub enum Plan {
         /// To which.
         to: NodeId,
     },
+    /// Restore a point out of the bucket alone, beside everything else, and check it.
+    Drill {
+        /// Which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// The layer that it is, or that was the head when it began: kept meanwhile.
+        layer: Option<LayerId>,
+        /// For a moment between seals: how its image comes about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replay: Option<Replay>,
+        /// Names the directory in which it happens.
+        scratch: BranchId,
+        /// What is asked besides what the branch's policy says.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        probes: Vec<Probe>,
+    },
     /// Show a connection URL with its password.
     ShowUrl {
         /// Of which branch.
@@ -484,6 +545,8 @@ pub enum Step {
     Copy,
     /// Check it, and make it one of Ebb's.
     Settle,
+    /// Restore beside everything else, check, and clean up.
+    Verify,
 }
 
 impl Plan {
@@ -501,6 +564,7 @@ impl Plan {
     /// | export | `Replay`, for a moment between seals. `Write` | the directory, or the dump, is removed |
     /// | wake | `Start` | nothing to do |
     /// | import | `Copy`; `Settle`, but for a dump; `Record`\*: the layer; branch | all of it is removed, and a project that was made for it |
+    /// | drill | `Verify`: what it finds is recorded, passed or failed | what was restored is removed |
     ///
     /// \* the point of no return: after it there is only forward.
     pub fn steps(&self) -> &'static [Step] {
@@ -519,6 +583,7 @@ impl Plan {
             Plan::Wake { .. } => &[Step::Start],
             Plan::Import { origin: Origin { kind: OriginKind::Dump, .. }, .. } => &[Step::Copy, Step::Record],
             Plan::Import { .. } => &[Step::Copy, Step::Settle, Step::Record],
+            Plan::Drill { .. } => &[Step::Verify],
             Plan::CreateProject { .. }
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
@@ -531,10 +596,12 @@ impl Plan {
     /// The branch that no other operation may touch while this one is under way.
     pub fn holds(&self) -> Option<BranchId> {
         match self {
-            // Replaying takes a while, and touches nothing of the source; nor does dumping.
-            Plan::CreateBranch { replay: Some(_), .. } | Plan::Export { dump: Some(_), .. } => None,
+            // Replaying takes a while, and touches nothing of the source; nor do dumping and drills.
+            Plan::CreateBranch { replay: Some(_), .. } | Plan::Export { dump: Some(_), .. } | Plan::Drill { .. } => {
+                None
+            }
             Plan::CreateBranch { source: branch, .. }
-            | Plan::DeleteBranch { branch }
+            | Plan::DeleteBranch { branch, .. }
             | Plan::CreateCheckpoint { branch, .. }
             | Plan::Restore { branch, .. }
             | Plan::Release { branch, .. }
@@ -571,6 +638,7 @@ impl Plan {
             | Plan::DeleteCheckpoint { .. }
             | Plan::Wake { .. }
             | Plan::MoveProject { .. }
+            | Plan::Drill { .. }
             | Plan::ShowUrl { .. } => None,
         }
     }
@@ -578,9 +646,10 @@ impl Plan {
     /// How the image that it needs comes about, if that is none of a seal's.
     pub fn replay(&self) -> Option<&Replay> {
         match self {
-            Plan::CreateBranch { replay, .. } | Plan::Restore { replay, .. } | Plan::Export { replay, .. } => {
-                replay.as_ref()
-            }
+            Plan::CreateBranch { replay, .. }
+            | Plan::Restore { replay, .. }
+            | Plan::Export { replay, .. }
+            | Plan::Drill { replay, .. } => replay.as_ref(),
             _ => None,
         }
     }
@@ -610,6 +679,7 @@ impl Plan {
             Plan::Wake { .. } => "wake",
             Plan::Export { .. } => "export",
             Plan::MoveProject { .. } => "move project",
+            Plan::Drill { .. } => "drill",
             Plan::ShowUrl { .. } => "show url",
             Plan::Import { .. } => "import",
         }

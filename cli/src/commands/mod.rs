@@ -4,6 +4,7 @@
 mod branch;
 mod collect;
 mod compute;
+mod drill;
 pub mod fsck;
 pub mod import;
 mod project;
@@ -39,6 +40,8 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
             branch::export(&to, &from, &dir, format.0.map(|format| (format, database)), &key)
         }
         Command::Import(args) => import::run(&to, *args),
+        Command::Drill { from, probes, key } => drill::run(&to, &from, probes, &key),
+        Command::Drills { branch } => drill::list(&to, &branch),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

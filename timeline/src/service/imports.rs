@@ -170,7 +170,8 @@ impl Service {
         let fresh = self.fresh();
         let ask = Ask::Import { name: name.clone(), origin: wish.origin() };
         let command = Command::Begin { ask: ask.clone(), fresh, key: caller.key.clone() };
-        let begun = project.ledger.append(&caller.actor, Some(op), |state| {
+        self.claim(project).await?;
+        let begun = project.append(&caller.actor, Some(op), |state| {
             if let Some(key) = &caller.key
                 && let Some(used) = state.key(key)?
             {

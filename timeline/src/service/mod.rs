@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod drills;
 #[cfg(test)]
 pub(crate) mod fake;
 mod imports;
@@ -29,6 +30,7 @@ mod saga;
 mod template;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod uploads;
 mod views;
 
@@ -67,6 +69,7 @@ use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
 pub use owners::Place;
+pub(crate) use views::seconds_to_ms;
 
 /// LIMIT: enough for the ledger, the journal and the WAL of one more shutdown; below it nothing new is begun.
 pub const MIN_FREE_BYTES: u64 = 64 << 20;
@@ -157,6 +160,10 @@ pub struct Service {
     /// When it was last looked for what other nodes have made.
     looked_at: tokio::sync::Mutex<Option<Instant>>,
     imports: imports::Imports,
+    /// One drill at a time: each takes the room of a whole database.
+    drilling: tokio::sync::Mutex<()>,
+    /// Bytes of the files of images, which never change.
+    image_sizes: Mutex<HashMap<LayerId, u64>>,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// There may be operations that nobody carries out any more.
@@ -250,6 +257,8 @@ impl Service {
             collector: Collector::default(),
             looked_at: tokio::sync::Mutex::default(),
             imports: imports::Imports::default(),
+            drilling: tokio::sync::Mutex::default(),
+            image_sizes: Mutex::default(),
             changed: Notify::new(),
             left_behind: Notify::new(),
             layers_changed: Notify::new(),
@@ -257,6 +266,9 @@ impl Service {
             stopping: CancellationToken::new(),
         });
         service.open_projects().await?;
+        if let Err(error) = service.node.end_drills().await {
+            service.report("removing interrupted drills", &error);
+        }
         service.adopt_computes().await;
         service.claim_known().await;
         service.recover().await;

@@ -28,6 +28,7 @@ use ebb_types::{BranchId, EndpointName, LayerId, NodeId, OperationId, ProjectNam
 use futures::stream::{self, StreamExt as _};
 
 use super::compute::Fence;
+use super::projects::check_idle;
 use super::{Caller, Project, Service};
 use crate::api::types as api;
 use crate::event::{Event, Plan};
@@ -183,7 +184,7 @@ impl Service {
             Some(owner) => match self.nodes.standing(owner.node).await? {
                 Standing::Alive(record) => {
                     if project.is_awake_here() {
-                        self.let_go(project);
+                        self.lose(project);
                     }
                     return Err(project.elsewhere(Some(owner), Some(&record)));
                 }
@@ -274,7 +275,7 @@ impl Service {
 
     /// The project is another node's now: whatever still runs here is ended. Its volumes stay as they are: they may hold
     /// what was acknowledged at durability `local` and never left this node.
-    fn let_go(self: &Arc<Self>, project: &Arc<Project>) {
+    fn lose(self: &Arc<Self>, project: &Arc<Project>) {
         metrics::counter!("ebb_timeline_projects_lost_total").increment(1);
         tracing::warn!(project = %project.name, "another node has taken over; the computes here are ended");
         let (service, project) = (self.clone(), project.clone());
@@ -341,7 +342,7 @@ impl Service {
             .for_each_concurrent(PARALLEL, |project| async move {
                 match project.ledger.refresh().await {
                     Ok(_) if project.is_ours() => {}
-                    Ok(_) => self.let_go(&project),
+                    Ok(_) => self.lose(&project),
                     Err(error) => self.report("reading a ledger", &error),
                 }
             })
@@ -506,11 +507,7 @@ impl Service {
         let node = to;
         project
             .append(&caller.actor, Some(OperationId::generate()), |state| {
-                if let Some((op, operation)) = state.operations.iter().next() {
-                    let held = operation.plan.holds().and_then(|branch| state.branches.get(&branch));
-                    let branch = held.map(|branch| branch.name.clone()).ok_or(Error::Lost("an operation"))?;
-                    return Err(Refusal::Busy { branch, act: operation.plan.act(), operation: *op }.into());
-                }
+                check_idle(state)?;
                 let begun = Event::OperationBegun { plan: Box::new(Plan::MoveProject { to }), key: None };
                 let moved = Event::OwnerChanged { node, epoch: state.epoch() + 1 };
                 Ok((vec![begun, moved, Event::OperationDone], ()))

@@ -26,6 +26,7 @@ use crate::event::{Event, Plan};
 use crate::ledger::read_chain;
 use crate::machine::Standing;
 use crate::secrets::generate_password;
+use crate::state::ProjectState;
 use crate::{Refusal, Result};
 
 /// LIMIT: deleting a project waits for nobody's transaction.
@@ -280,15 +281,7 @@ impl Service {
             locks.push(self.lock(&project.cell(branch)).await?);
         }
         let state = project.ledger.state();
-        if let Some((op, operation)) = state.operations.iter().next() {
-            let held = operation.plan.holds().and_then(|branch| state.branches.get(&branch));
-            let branch = match &operation.plan {
-                Plan::Import { name, .. } => Some(name.clone()),
-                _ => held.map(|branch| branch.name.clone()),
-            };
-            let branch = branch.ok_or(crate::Error::Lost("an operation"))?;
-            return Err(Refusal::Busy { branch, act: operation.plan.act(), operation: *op }.into());
-        }
+        check_idle(&state)?;
         let (id, node) = (project.id, self.nodes.me());
         self.catalog
             .append(&caller.actor, None, |catalog| match catalog.projects.get(&id).map(|listed| listed.standing) {
@@ -414,6 +407,22 @@ impl Service {
             fault: verdict.fault.map(|(seq, why)| format!("entry {seq}: {why}")),
         })
     }
+}
+
+/// Refuses what cannot be done while an operation is under way in the project.
+pub(super) fn check_idle(state: &ProjectState) -> Result<()> {
+    let Some((op, operation)) = state.operations.iter().next() else { return Ok(()) };
+    let concerned = match &operation.plan {
+        Plan::Drill { branch, .. } | Plan::Export { branch, .. } => Some(*branch),
+        plan => plan.holds(),
+    };
+    let concerned = concerned.and_then(|branch| state.branches.get(&branch));
+    let branch = match &operation.plan {
+        Plan::Import { name, .. } | Plan::CreateBranch { name, .. } => Some(name.clone()),
+        _ => concerned.map(|branch| branch.name.clone()),
+    };
+    let branch = branch.ok_or(crate::Error::Lost("an operation"))?;
+    Err(Refusal::Busy { branch, act: operation.plan.act(), operation: *op }.into())
 }
 
 /// An IPv6 address as a URL's host.

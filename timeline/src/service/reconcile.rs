@@ -71,6 +71,8 @@ impl Service {
                     self.keep_record_forever(),
                     self.watch_record_forever(),
                     self.look_at_others_forever(),
+                    self.keep_up_forever(),
+                    self.drill_forever(),
                 )
             } => {}
         }

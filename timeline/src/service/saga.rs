@@ -199,6 +199,9 @@ impl Service {
         step: Step,
         fence: &mut Option<Fence>,
     ) -> Result<()> {
+        if let Plan::Drill { .. } = &operation.plan {
+            return self.verify(project, op, operation).await;
+        }
         let found = self.perform(project, &operation.plan, step, fence).await?;
         let command = Command::Step { op, step, found };
         project.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
@@ -216,6 +219,9 @@ impl Service {
 
     /// Removes what an operation that was given up, or is done, used besides the branches.
     async fn clean_up(&self, plan: &Plan) {
+        if let Plan::Drill { scratch, .. } = plan {
+            return self.end_drill(*scratch).await;
+        }
         let Some(scratch) = plan.scratch() else { return };
         let removed = async {
             self.node.discard(scratch).await?;
@@ -254,11 +260,11 @@ impl Service {
                 *fence = Some(held);
                 found.take(sealed);
             }
-            (Plan::DeleteBranch { branch }, Step::Switch) => {
+            (Plan::DeleteBranch { branch, .. }, Step::Switch) => {
                 *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
                 self.discard_locked(project, *branch).await?;
             }
-            (Plan::DeleteBranch { branch }, Step::Sweep) => {
+            (Plan::DeleteBranch { branch, .. }, Step::Sweep) => {
                 self.node.discard(*branch).await?;
                 self.node.remove_branch(*branch).await?;
                 project.cells.lock().remove(branch);
@@ -451,7 +457,7 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
             return Ok(None);
         }
         Ask::CreateBranch { from, .. } => from.as_str(),
-        Ask::DeleteBranch { branch }
+        Ask::DeleteBranch { branch, .. }
         | Ask::CreateCheckpoint { branch, .. }
         | Ask::DeleteCheckpoint { branch, .. }
         | Ask::Restore { branch, .. }
@@ -459,7 +465,7 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
         | Ask::Wake { branch }
         | Ask::Export { branch, .. } => branch.as_str(),
         Ask::Release { .. } | Ask::Rollback { .. } => crate::decide::PROD,
-        Ask::ChangeBranch { .. } | Ask::ShowUrl { .. } | Ask::Import { .. } => return Ok(None),
+        Ask::ChangeBranch { .. } | Ask::Drill { .. } | Ask::ShowUrl { .. } | Ask::Import { .. } => return Ok(None),
     };
     Ok(Some(state.branch(name)?.0))
 }

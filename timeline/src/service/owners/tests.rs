@@ -148,7 +148,11 @@ async fn what_a_dead_node_had_begun_is_finished_by_another() {
     // Its plan is recorded, and its process killed.
     let project = old.project("shop").unwrap();
     let fresh = old.fresh();
-    let ask = crate::decide::Ask::CreateCheckpoint { branch: "prod".to_owned(), name: "d".parse().unwrap() };
+    let ask = crate::decide::Ask::CreateCheckpoint {
+        branch: "prod".to_owned(),
+        name: "d".parse().unwrap(),
+        automatic: false,
+    };
     let command = crate::decide::Command::Begin { ask, fresh, key: None };
     let begun = |state: &ProjectState| Ok((crate::decide::decide(state, &command)?, ()));
     project.append("test", Some(OperationId::generate()), begun).await.unwrap();
