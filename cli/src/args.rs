@@ -56,14 +56,18 @@ pub enum Command {
     /// Print the connection URL of a branch, password included, alone on stdout
     #[command(after_help = "Example:\n  psql \"$(ebb url shop/prod)\"")]
     Url {
-        /// PROJECT/BRANCH
-        branch: BranchRef,
+        /// PROJECT/BRANCH[@POINT]; a point is opened for reading only
+        place: PointRef,
     },
     /// Run psql on a branch
-    #[command(after_help = "Examples:\n  ebb psql shop/prod\n  ebb psql shop/prod -- -c 'select now()'")]
+    #[command(after_help = "\
+Examples:
+  ebb psql shop/prod
+  ebb psql shop/prod -- -c 'select now()'
+  ebb psql shop/prod@2026-11-21T06:00:00Z")]
     Psql {
-        /// PROJECT/BRANCH
-        branch: BranchRef,
+        /// PROJECT/BRANCH[@POINT]; a point is opened for reading only
+        place: PointRef,
         /// Arguments for psql
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<std::ffi::OsString>,

@@ -34,6 +34,9 @@ use crate::{Error, Refusal, Result, files, migrate};
 
 mod pending;
 mod replay;
+mod visit;
+
+pub use visit::Visited;
 
 /// SCRAM verifiers by role; `None` for a role without a password.
 pub type Roles = BTreeMap<String, Option<String>>;
@@ -103,6 +106,16 @@ pub trait Node: Debug + Send + Sync + 'static {
 
     /// Makes the layer of a moment between seals, complete on this node: a position that all its WAL lies before.
     async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>>;
+
+    /// Opens an image for reading only, in a directory of its own that `start` names: its head as it is, or as a replay
+    /// from there leads to another moment. What an earlier try left there is removed first.
+    async fn visit(&self, start: &Start, replay: Option<&Replay>) -> Result<Visited>;
+
+    /// Ends a visit, if it is open, and removes all that it left.
+    async fn leave(&self, visit: BranchId) -> Result<()>;
+
+    /// The visits that this machine has anything of.
+    async fn visits(&self) -> Result<BTreeSet<BranchId>>;
 
     /// Ends the compute, if one runs, without sealing.
     async fn discard(&self, branch: BranchId) -> Result<()>;
@@ -388,7 +401,7 @@ impl LocalNode {
         // CRASH: a volume with this beside it is made anew.
         files::replace(&unfinished, b"")?;
         self.make_volume(data, head, start.fork).await?;
-        self.prepare_replay(data.branch, &tail).await?;
+        self.prepare_replay(data.branch, Some(&tail), "recovery.signal").await?;
         files::remove_file(&unfinished)
     }
 
@@ -604,6 +617,18 @@ impl Node for LocalNode {
 
     async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>> {
         self.replay_here(replay, like).await
+    }
+
+    async fn visit(&self, start: &Start, replay: Option<&Replay>) -> Result<Visited> {
+        self.visit_here(start, replay).await
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        self.leave_here(visit).await
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        self.visits_here().await
     }
 
     async fn discard(&self, branch: BranchId) -> Result<()> {

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use ebb_compute::control::Durability;
 use ebb_timeline::api::types::{
-    Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
-    Exported, RestoreBranch, Restored, Stored,
+    Branch, BranchList, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export, Exported,
+    RestoreBranch, Restored, Stored,
 };
-use ebb_types::{BranchRef, Point, PointRef};
+use ebb_types::{Point, PointRef};
 
 use super::project::seconds;
 use super::{Session, absolute, branch_path};
@@ -152,11 +152,6 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
             Ok(())
         }
     }
-}
-
-pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
-    let answer = to.client.get(&format!("{}/url", branch_path(branch)))?;
-    to.show(&answer, |view: BranchUrl| view.url + "\n")
 }
 
 pub fn export(to: &Session, from: &PointRef, dir: &Path, key: &IdempotencyKey) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ pub mod fsck;
 mod project;
 mod psql;
 mod release;
+mod url;
 
 use std::path::{Path, PathBuf};
 
@@ -27,8 +28,8 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Project(command) => project::run(&to, command),
         Command::Branch(command) => branch::run(&to, command),
         Command::Checkpoint(command) => branch::run_checkpoint(&to, command),
-        Command::Url { branch } => branch::print_url(&to, &branch),
-        Command::Psql { branch, args } => psql::run(&to, &branch, &args),
+        Command::Url { place } => url::run(&to, &place),
+        Command::Psql { place, args } => psql::run(&to, &place, &args),
         Command::Compute(command) => compute::run(&to, command),
         Command::Release(command) => release::run(&to, command),
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
 use ebb_timeline::Service;
 use ebb_timeline::clients::{Activity, Clients, SessionRow};
-use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, SqlState};
+use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
 
 /// The timeline service, as the proxy sees it.
 #[derive(Debug, Default)]
@@ -45,10 +45,14 @@ impl Endpoints for ServiceEndpoints {
         self.service()?.verifier(branch, role).await.map_err(reported)
     }
 
+    async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError> {
+        self.service()?.visit(branch, point).map_err(reported)
+    }
+
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
         // The service itself reports a wake that failed, once for all who waited.
         let unit = self.service()?.wake(branch).await.map_err(to_client)?;
-        Ok(Awake { generation: unit.generation, socket: unit.socket })
+        Ok(Awake { generation: unit.generation, socket: unit.socket, admits: unit.admits })
     }
 }
 
@@ -88,6 +92,10 @@ impl Clients for ProxyClients {
 
     fn release(&self, branch: BranchId) {
         self.0.release(branch);
+    }
+
+    fn forget(&self, branch: BranchId) {
+        self.0.forget(branch);
     }
 
     fn lost(&self, branch: BranchId, generation: u64) {

@@ -14,3 +14,4 @@ mod quick_start;
 mod releases;
 mod restore;
 mod sleep;
+mod visits;

@@ -18,7 +18,7 @@ use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
 use crate::event::Replay;
-use crate::node::{Line, Node, Roles, Sealed, Start};
+use crate::node::{Line, Node, Roles, Sealed, Start, Visited};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -29,6 +29,8 @@ pub struct World {
     pub uploaded: HashSet<LayerId>,
     pub volumes: HashMap<BranchId, FakeVolume>,
     pub starts: u64,
+    /// Visits, and the layers made for them alone.
+    pub visits: HashMap<BranchId, Option<LayerId>>,
     /// The next start fails.
     pub fail_start: bool,
     /// A migration of this name fails.
@@ -212,6 +214,42 @@ impl Node for FakeNode {
         Ok(layer)
     }
 
+    async fn visit(&self, start: &Start, replay: Option<&Replay>) -> Result<Visited> {
+        tokio::task::yield_now().await;
+        let (visit, mut head) = (start.data.branch, start.data.head);
+        self.leave(visit).await?;
+        if let Some(replay) = replay {
+            self.replay(replay, start).await?;
+            head = replay.layer;
+        }
+        self.bring(head).await?;
+        let mut world = self.0.lock();
+        if std::mem::take(&mut world.fail_start) {
+            return Err(ebb_compute::Error::Deadline("starting").into());
+        }
+        world.starts += 1;
+        world.visits.insert(visit, replay.map(|replay| replay.layer));
+        let rows = world.layers[&head].1.clone();
+        let volume =
+            FakeVolume { line: 0, base: start.data.head, rows, dirty: false, running: Some(CancellationToken::new()) };
+        world.volumes.insert(visit, volume);
+        Ok(Visited { socket: PathBuf::from(format!("/{visit}")), roles: BTreeSet::from(["app".to_owned()]) })
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        self.discard(visit).await?;
+        let mut world = self.0.lock();
+        world.volumes.remove(&visit);
+        if let Some(Some(layer)) = world.visits.remove(&visit) {
+            world.layers.remove(&layer);
+        }
+        Ok(())
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        Ok(self.0.lock().visits.keys().copied().collect())
+    }
+
     async fn discard(&self, branch: BranchId) -> Result<()> {
         if let Some(running) = self.0.lock().volumes.get_mut(&branch).and_then(|volume| volume.running.take()) {
             running.cancel();
@@ -362,6 +400,7 @@ pub struct TestClients {
     pub pinned: AtomicBool,
     pub fenced: StdMutex<Vec<BranchId>>,
     pub lost: StdMutex<Vec<(BranchId, u64)>>,
+    pub forgotten: StdMutex<Vec<BranchId>>,
 }
 
 #[async_trait]
@@ -393,6 +432,10 @@ impl Clients for TestClients {
 
     fn release(&self, branch: BranchId) {
         self.fenced.lock().unwrap().retain(|fenced| *fenced != branch);
+    }
+
+    fn forget(&self, branch: BranchId) {
+        self.forgotten.lock().unwrap().push(branch);
     }
 
     fn lost(&self, branch: BranchId, generation: u64) {

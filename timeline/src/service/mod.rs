@@ -29,6 +29,7 @@ mod template;
 mod tests;
 mod uploads;
 mod views;
+mod visits;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
@@ -142,6 +143,7 @@ pub struct Service {
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
+    visits: visits::Visits,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// A layer was recorded that may have to be uploaded.
@@ -218,6 +220,7 @@ impl Service {
             opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
+            visits: visits::Visits::default(),
             changed: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),

@@ -68,6 +68,7 @@ impl Service {
                     self.upload_forever(),
                     self.collect_forever(),
                     self.watch_wal_forever(),
+                    self.leave_visits_forever(),
                 )
             } => {}
         }
