@@ -4,6 +4,7 @@
 mod branch;
 mod collect;
 mod compute;
+mod diff;
 pub mod fsck;
 mod project;
 mod psql;
@@ -35,6 +36,7 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
         Command::Ledger(command) => project::run_ledger(&to, command),
         Command::Export { from, dir, key } => branch::export(&to, &from, &dir, &key),
+        Command::Diff(what) => diff::run(&to, &what),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

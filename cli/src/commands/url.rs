@@ -28,8 +28,13 @@ pub fn urls(to: &Session, place: &PointRef) -> Result<BranchUrl, Failure> {
 /// Adds a point to the options of a URL, or options to one that has none. They stand last in those that have some.
 fn at(url: &str, point: &Point) -> String {
     let separator = if url.contains("options=") { "%20" } else { "&options=" };
-    let mut text = format!("{url}{separator}point%3D");
-    for byte in point.to_string().bytes() {
+    format!("{url}{separator}point%3D{}", encoded(&point.to_string()))
+}
+
+/// As a value of a URL's query.
+pub fn encoded(value: &str) -> String {
+    let mut text = String::with_capacity(value.len());
+    for byte in value.bytes() {
         match byte {
             b'-' | b'.' | b'_' => text.push(char::from(byte)),
             byte if byte.is_ascii_alphanumeric() => text.push(char::from(byte)),

@@ -4,6 +4,7 @@ mod branches;
 mod bucket_s3;
 mod collect;
 mod connections;
+mod diff;
 mod docs;
 mod fsck;
 mod kills;

@@ -13,12 +13,13 @@
 //! **Crash**: a file in `visits/` is there before anything else: whoever finds it removes the rest, and the layer that it
 //! names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ebb_compute::manager::{CANNOT_STAY, Recovery, Unit, Until};
+use ebb_storage::layer::{FilePages, same_files};
 use ebb_types::{BranchId, LayerId};
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +53,8 @@ pub struct Visited {
     pub socket: PathBuf,
     /// The roles that could log in at that moment.
     pub roles: BTreeSet<String>,
+    /// The layer that it lies on. Where a visit was asked for that is shut, its page map tells all that is in the image.
+    pub layer: LayerId,
 }
 
 /// What a file in [`MARKS`] holds.
@@ -62,7 +65,7 @@ struct Mark {
 }
 
 impl LocalNode {
-    pub(super) async fn visit_here(&self, start: &Start, replay: Option<&Replay>) -> Result<Visited> {
+    pub(super) async fn visit_here(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited> {
         let visit = start.data.branch;
         self.leave_here(visit).await?;
         self.make_openable(start.data.head).await?;
@@ -80,25 +83,37 @@ impl LocalNode {
             Some(replay) => Some(self.tail_of(replay).await?),
             None => None,
         };
-        let unit = match self.stay(start, tail.as_ref(), until).await {
-            Err(error) if error.chain().contains(CANNOT_STAY) => {
-                tracing::info!(%visit, "a moment is recovered to before it is visited");
-                metrics::counter!("ebb_timeline_visits_recovered_total").increment(1);
-                self.remove_branch(visit).await?;
-                match replay {
-                    Some(replay) => drop(self.replay_here(replay, start).await?),
-                    None => drop(self.recover_into(layer, start, None, None).await?),
+        let is_shut = replay.is_none() && self.store.manifest(start.data.head).await?.image.clean;
+        let (unit, layer) = if shut && !is_shut {
+            self.stay_on_shut(start, replay, layer).await?
+        } else {
+            match self.stay(start, tail.as_ref(), until).await {
+                Err(error) if error.chain().contains(CANNOT_STAY) => {
+                    tracing::info!(%visit, "a moment is recovered to before it is visited");
+                    metrics::counter!("ebb_timeline_visits_recovered_total").increment(1);
+                    self.stay_on_shut(start, replay, layer).await?
                 }
-                self.remove_branch(visit).await?;
-                let data = Line { head: layer, ..start.data.clone() };
-                self.stay(&Start { data, ..start.clone() }, None, None).await?
+                unit => (unit?, start.data.head),
             }
-            unit => unit?,
         };
         self.units.lock().insert(visit, unit.clone());
         let socket = unit.socket();
         let roles = arrive(&socket).await?;
-        Ok(Visited { socket, roles })
+        Ok(Visited { socket, roles, layer })
+    }
+
+    /// Lets Postgres recover to the moment, go on and shut down, and stays on the layer that this makes. Nothing is open in it,
+    /// and what was changed on the way is in its pages.
+    async fn stay_on_shut(&self, start: &Start, replay: Option<&Replay>, layer: LayerId) -> Result<(Unit, LayerId)> {
+        let visit = start.data.branch;
+        self.remove_branch(visit).await?;
+        match replay {
+            Some(replay) => drop(self.replay_here(replay, start).await?),
+            None => drop(self.recover_into(layer, start, None, None).await?),
+        }
+        self.remove_branch(visit).await?;
+        let data = Line { head: layer, ..start.data.clone() };
+        Ok((self.stay(&Start { data, ..start.clone() }, None, None).await?, layer))
     }
 
     /// Starts a Postgres that stays in recovery, on a volume made for it.
@@ -116,6 +131,20 @@ impl LocalNode {
         spec.recovery = Some(Recovery { stay: true, ..recovery(&self.replay_dir(visit), until)? });
         let _turn = self.turn(visit).await;
         Ok(Unit::start(&self.exe, &spec).await?)
+    }
+
+    /// See [`Node::same_files`](super::Node::same_files).
+    pub(super) async fn same_files_here(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        let (from, to) = (self.store.manifest(from).await?, self.store.manifest(to).await?);
+        let ours: HashSet<LayerId> = from.chain.iter().copied().collect();
+        let mut settled = HashSet::new();
+        for &common in to.chain.iter().rev().filter(|layer| ours.contains(layer)) {
+            if let Some(manifest) = self.manifest(common).await?.filter(|manifest| manifest.image.clean) {
+                settled = manifest.chain.into_iter().collect();
+                break;
+            }
+        }
+        Ok(same_files(&from, &to, "base", &settled))
     }
 
     pub(super) async fn leave_here(&self, visit: BranchId) -> Result<()> {

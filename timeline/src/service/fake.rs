@@ -1,6 +1,6 @@
 //! For tests: a machine in memory: volumes are sets of rows, layers are frozen ones. It outlives the services run on it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ebb_compute::control::{Durability, Status};
+use ebb_storage::layer::FilePages;
 use ebb_storage::object_store::{self, Bucket};
 use ebb_types::{BranchId, Clock, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
@@ -214,7 +215,7 @@ impl Node for FakeNode {
         Ok(layer)
     }
 
-    async fn visit(&self, start: &Start, replay: Option<&Replay>) -> Result<Visited> {
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
         tokio::task::yield_now().await;
         let (visit, mut head) = (start.data.branch, start.data.head);
         self.leave(visit).await?;
@@ -233,7 +234,16 @@ impl Node for FakeNode {
         let volume =
             FakeVolume { line: 0, base: start.data.head, rows, dirty: false, running: Some(CancellationToken::new()) };
         world.volumes.insert(visit, volume);
-        Ok(Visited { socket: PathBuf::from(format!("/{visit}")), roles: BTreeSet::from(["app".to_owned()]) })
+        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
+        Ok(Visited { socket, roles, layer: head })
+    }
+
+    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
+        Ok(String::new())
     }
 
     async fn leave(&self, visit: BranchId) -> Result<()> {

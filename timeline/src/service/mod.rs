@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod diff;
 #[cfg(test)]
 pub(crate) mod fake;
 mod past;
@@ -61,6 +62,7 @@ pub use collect::CollectPolicy;
 use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
+pub use diff::DiffRequest;
 
 /// LIMIT: enough for the ledger, the journal and the WAL of one more shutdown; below it nothing new is begun.
 pub const MIN_FREE_BYTES: u64 = 64 << 20;

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! To clients a visit is a branch with an identifier of its own: woken, listed and lost like one. Nothing of it is in a
-//! ledger: it changes nothing that lasts, and what it stands on is kept by [`Service::visited_layers`] while it is named.
+//! ledger: it changes nothing that lasts, and what it stands on is kept by [`Service::visited`] while it is named.
 //!
 //! **Passwords** are those of the branch's head, always: one that was revoked since does not open the past, and none has to
 //! be looked for in an image that does not exist yet. Who did not exist then, or was a superuser, is not let in either.
@@ -14,7 +14,8 @@
 //! **Crash.** A machine knows its visits by marks ([`crate::node::Node::visits`]); what has a mark and no name here is
 //! removed, at the start of the service as at any other time. Only one task ever removes.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use crate::api::types as api;
 use crate::decide::image_at;
 use crate::event::Replay;
 use crate::node::{Line, Start, Visited};
+use crate::reach::{Keeper, Root};
 use crate::state::{Facts, ProjectState};
 use crate::{Error, Refusal, Result};
 
@@ -69,13 +71,18 @@ pub(super) struct Visit {
     since: Timestamp,
     start: Start,
     replay: Option<Replay>,
+    /// Whether nothing may be open in its image.
+    shut: bool,
     state: Mutex<State>,
 }
 
 struct State {
-    open: Option<AwakeUnit>,
+    /// What answers, and the layer that it lies on.
+    open: Option<(AwakeUnit, LayerId)>,
     opening: Option<SharedWake>,
     generation: u64,
+    /// Who of this process wants it to stay.
+    held: usize,
     /// When somebody last asked for it.
     asked_at: Instant,
 }
@@ -97,6 +104,29 @@ impl Visit {
     }
 }
 
+/// A visit that stays as long as this lives.
+#[derive(Debug)]
+pub(super) struct Held {
+    visit: Arc<Visit>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut state = self.visit.state.lock();
+        state.held -= 1;
+        state.asked_at = Instant::now();
+    }
+}
+
+impl Held {
+    /// Opens it: its socket, and the layer that it lies on.
+    pub async fn open(&self, service: &Arc<Service>) -> Result<(PathBuf, LayerId)> {
+        let unit = service.wake_visit(self.visit.clone()).await?;
+        let layer = self.visit.state.lock().open.as_ref().map(|(_, layer)| *layer);
+        Ok((unit.socket, layer.ok_or(Error::Lost("the visit"))?))
+    }
+}
+
 /// Forgets the opening that is under way, also if its task panics.
 struct OpeningGuard(Arc<Visit>);
 
@@ -112,20 +142,32 @@ impl Service {
     /// # Errors
     /// If there is no such moment, or there are too many visits.
     pub fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId> {
+        Ok(self.name_visit(branch, point, false)?.id)
+    }
+
+    /// Names a visit for as long as the answer lives, to an image in which nothing is open. The head is the newest seal.
+    pub(super) fn hold_visit(&self, branch: BranchId, point: &Point) -> Result<Held> {
+        let visit = self.name_visit(branch, point, true)?;
+        visit.state.lock().held += 1;
+        Ok(Held { visit })
+    }
+
+    fn name_visit(&self, branch: BranchId, point: &Point, shut: bool) -> Result<Arc<Visit>> {
         if self.stopping.is_cancelled() {
             return Err(Error::Stopping);
         }
         let project = self.project_of(branch)?;
-        // LOCK ORDER: the names, then what the ledger says: whoever collects reads them the other way round.
+        // The names are locked first, then the ledger is read: whoever collects reads them the other way round.
         let mut named = self.visits.named.lock();
         let state = project.ledger.state();
         let known = state.branch_by_id(branch)?;
         let fresh = self.fresh();
         let (layer, replay) = image_at(branch, known, point, &fresh)?;
         let head = layer.or(replay.as_ref().map(|replay| replay.base)).unwrap_or(known.head);
-        if let Some(visit) = named.values().find(|visit| visit.is_of(branch, head, replay.as_ref())) {
+        let same = |visit: &&Arc<Visit>| visit.shut == shut && visit.is_of(branch, head, replay.as_ref());
+        if let Some(visit) = named.values().find(same) {
             visit.ask();
-            return Ok(visit.id);
+            return Ok(visit.clone());
         }
         if named.len() >= VISITS_MAX {
             let idlest = named.values().filter(|visit| self.deserted_for(visit).is_some());
@@ -135,21 +177,22 @@ impl Service {
             self.clients.forget(idlest);
         }
         let id = fresh.scratch;
-        let visit = Visit {
+        let visit = Arc::new(Visit {
             id,
             branch,
             point: point.clone(),
             since: fresh.now,
             start: start_of(&state, branch, id, head)?,
             replay,
-            state: Mutex::new(State { open: None, opening: None, generation: 0, asked_at: Instant::now() }),
+            shut,
+            state: Mutex::new(State { asked_at: Instant::now(), open: None, opening: None, generation: 0, held: 0 }),
             project: project.clone(),
-        };
-        named.insert(id, Arc::new(visit));
+        });
+        named.insert(id, visit.clone());
         drop(named);
         self.visits.swept.store(false, Ordering::SeqCst);
         self.visits.changed.notify_one();
-        Ok(id)
+        Ok(visit)
     }
 
     /// Whether this names a visit.
@@ -165,7 +208,7 @@ impl Service {
         let opening = {
             let mut state = visit.state.lock();
             state.asked_at = Instant::now();
-            if let Some(unit) = &state.open {
+            if let Some((unit, _)) = &state.open {
                 return Ok(unit.clone());
             }
             if self.stopping.is_cancelled() {
@@ -213,13 +256,14 @@ impl Service {
         {
             self.node.ship(visit.branch).await?;
         }
-        let Visited { socket, roles } = self.node.visit(&visit.start, visit.replay.as_ref()).await?;
+        let opened = self.node.visit(&visit.start, visit.replay.as_ref(), visit.shut).await?;
+        let Visited { socket, roles, layer } = opened;
         let unit = {
             let mut state = visit.state.lock();
             state.generation += 1;
             state.asked_at = Instant::now();
             let unit = AwakeUnit { generation: state.generation, socket, admits: Some(Arc::new(roles)) };
-            state.open = Some(unit.clone());
+            state.open = Some((unit.clone(), layer));
             unit
         };
         tracing::info!(visit = %visit.id, branch = %visit.branch, point = %visit.point, "visit opened");
@@ -236,7 +280,7 @@ impl Service {
     /// Its unit is gone: by itself, or because the visit is over.
     fn lose_visit(&self, visit: &Visit, generation: u64) {
         let mut state = visit.state.lock();
-        if state.open.as_ref().is_some_and(|unit| unit.generation == generation) {
+        if state.open.as_ref().is_some_and(|(unit, _)| unit.generation == generation) {
             state.open = None;
             drop(state);
             self.clients.lost(visit.id, generation);
@@ -247,7 +291,7 @@ impl Service {
     fn deserted_for(&self, visit: &Visit) -> Option<Duration> {
         let asked = {
             let state = visit.state.lock();
-            if state.opening.is_some() {
+            if state.opening.is_some() || state.held > 0 {
                 return None;
             }
             state.asked_at.elapsed()
@@ -282,8 +326,13 @@ impl Service {
             let state = visit.project.ledger.state();
             let keep = match state.branch_by_id(visit.branch) {
                 Ok(branch) => self.idle_suspend(branch).clamp(KEEP_MIN, KEEP),
-                Err(_) if visit.state.lock().opening.is_none() => Duration::ZERO,
-                Err(_) => return true,
+                Err(_) => {
+                    let state = visit.state.lock();
+                    if state.opening.is_some() || state.held > 0 {
+                        return true;
+                    }
+                    Duration::ZERO
+                }
             };
             let over = keep.is_zero() || self.deserted_for(visit).is_some_and(|deserted| deserted >= keep);
             if over {
@@ -334,8 +383,16 @@ impl Service {
     }
 
     /// What visits stand on.
-    pub(super) fn visited_layers(&self) -> BTreeSet<LayerId> {
-        self.visits.named.lock().values().map(|visit| visit.start.data.head).collect()
+    pub(super) fn visited(&self) -> Vec<Root> {
+        let named = self.visits.named.lock();
+        let root = |visit: &Arc<Visit>| {
+            let state = visit.project.ledger.state();
+            let branch = state.branch_by_id(visit.branch).map(|branch| branch.name.to_string());
+            let branch = branch.unwrap_or_else(|_| visit.branch.to_string());
+            let keeper = Keeper::Visit { place: format!("{}/{branch}@{}", visit.project.name, visit.point) };
+            Root { layer: visit.start.data.head, keeper, owner: None }
+        };
+        named.values().map(root).collect()
     }
 
     /// The visits of a branch, as the API shows them.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ebb_types::{BranchId, ErrorKind, Hint as _, SqlState};
+use ebb_types::{BranchId, ErrorKind, Hint as _, SqlState, TestClock};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -208,15 +208,33 @@ async fn a_deleted_branch_takes_its_visits_along() {
 
 #[tokio::test]
 async fn what_a_visit_stands_on_is_kept_while_it_is_open() {
-    let rig = Rig::new().await;
-    let (service, prod) = shop(&rig).await;
-    let layer = service.checkpoints("shop", "prod").await.unwrap()[0].layer;
-    let visit = service.visit(prod, &point("v1")).unwrap();
+    let (rig, clock) = (Rig::new().await, Arc::new(TestClock::default()));
+    clock.advance(Duration::from_millis(Timestamp::now().as_millisecond().unsigned_abs()));
+    let service = rig.open_at(rig.bucket.clone(), Duration::from_secs(60), clock.clone()).await.unwrap();
+    let request = api::CreateProject { name: "shop".parse().unwrap(), current: None, pg_major: None };
+    service.create_project(&caller(), request).await.unwrap();
+    let request = api::CreateBranch { name: "other".parse().unwrap(), from: None };
+    service.create_branch(&caller(), "shop", request).await.unwrap();
+    let other = service.branch("shop", "other").await.unwrap().id;
+    service.wake(other).await.unwrap();
+    rig.node.write(other, "row");
+    let request = api::CreateCheckpoint { name: "here".parse().unwrap() };
+    let layer = service.create_checkpoint(&caller(), "shop", "other", request).await.unwrap().value.layer;
+    service.upload_pending().await.unwrap();
+    let visit = service.visit(other, &point("here")).unwrap();
     service.wake(visit).await.unwrap();
-    assert!(service.visited_layers().contains(&layer));
-    desert(&service, visit, KEEP);
+    clock.advance(Duration::from_secs(7200));
+
+    // Nothing but the visit keeps it now.
+    service.delete_branch(&caller(), "shop", "other").await.unwrap();
+    let collected = service.collect(&caller(), false).await.unwrap();
+    assert_eq!((collected.marked.len(), collected.local_layers), (0, 0));
+    let why = service.why(&layer.to_string()).await.unwrap();
+    assert_eq!(why.kept_by, [format!("visit of shop/{other}@here")]);
+    assert_eq!(rig.node.rows(visit).len(), 1);
+
     look(&service).await;
-    assert!(service.visited_layers().is_empty());
+    assert_eq!(service.collect(&caller(), false).await.unwrap().marked.len(), 1);
 }
 
 #[tokio::test]
