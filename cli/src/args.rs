@@ -59,14 +59,18 @@ pub enum Command {
     /// Print the connection URL of a branch, password included, alone on stdout
     #[command(after_help = "Example:\n  psql \"$(ebb url shop/prod)\"")]
     Url {
-        /// PROJECT/BRANCH
-        branch: BranchRef,
+        /// PROJECT/BRANCH[@POINT]; a point is opened for reading only
+        place: PointRef,
     },
     /// Run psql on a branch
-    #[command(after_help = "Examples:\n  ebb psql shop/prod\n  ebb psql shop/prod -- -c 'select now()'")]
+    #[command(after_help = "\
+Examples:
+  ebb psql shop/prod
+  ebb psql shop/prod -- -c 'select now()'
+  ebb psql shop/prod@2026-11-21T06:00:00Z")]
     Psql {
-        /// PROJECT/BRANCH
-        branch: BranchRef,
+        /// PROJECT/BRANCH[@POINT]; a point is opened for reading only
+        place: PointRef,
         /// Arguments for psql
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<std::ffi::OsString>,
@@ -143,6 +147,13 @@ Examples:
         /// PROJECT/BRANCH
         branch: BranchRef,
     },
+    /// Show what differs between two moments of a project: definitions, and rows by their primary keys
+    #[command(after_help = "\
+Examples:
+  ebb diff shop/prod@before-v2                       with what is there now
+  ebb diff shop/prod@v1 shop/pr-42 --table items --samples 10
+  ebb diff shop/prod@2026-11-21T06:00:00Z shop/prod@2026-11-21T07:00:00Z --json")]
+    Diff(DiffArgs),
     /// Tell what keeps an object of the bucket, or which rule lets it go
     #[command(after_help = "\
 Examples:
@@ -633,6 +644,24 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         None => text.parse().map_err(|_| wrong())?,
     };
     Duration::try_from(span).map_err(|_| wrong())
+}
+
+/// What `ebb diff` compares.
+#[derive(Debug, ClapArgs)]
+pub struct DiffArgs {
+    /// The older side: PROJECT/BRANCH[@POINT]
+    pub from: PointRef,
+    /// The younger side: PROJECT/BRANCH[@POINT]; the head of the same branch where none is named
+    pub to: Option<PointRef>,
+    /// Only this table: NAME or SCHEMA.NAME
+    #[arg(long)]
+    pub table: Option<String>,
+    /// How many rows of each kind are shown per table
+    #[arg(long, default_value_t = 3)]
+    pub samples: usize,
+    /// Which database
+    #[arg(long, default_value = "app")]
+    pub database: String,
 }
 
 #[cfg(test)]

@@ -47,7 +47,10 @@ const GONE_DEADLINE: Duration = Duration::from_secs(30);
 /// The unit's own log is cut when a start finds it longer.
 const UNIT_LOG_BYTES_MAX: u64 = 1024 * 1024;
 
-/// Where a recovery ends.
+/// Why a unit ended whose Postgres was to stay at a moment ([`Recovery::stay`]) and could not.
+pub const CANNOT_STAY: &str = "the moment cannot be read from without going on from it";
+
+/// Where a recovery ends, and how it goes on from there.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Recovery {
     /// The directory with WAL that Postgres fetches segments from, as it sees it.
@@ -56,6 +59,9 @@ pub struct Recovery {
     pub pg_timeline: Option<u32>,
     /// Where it stops; `None`: where WAL ends.
     pub until: Option<Until>,
+    /// Whether it stays there, as a standby that only reads, rather than going on on a new Postgres timeline.
+    #[serde(default)]
+    pub stay: bool,
 }
 
 /// A moment that a recovery stops at.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig};
-use ebb_types::{BranchId, EndpointName};
+use ebb_types::{BranchId, EndpointName, Point};
 use tokio_util::sync::CancellationToken;
 
 #[derive(Debug)]
@@ -30,8 +30,12 @@ impl Endpoints for AlwaysAwake {
         Ok(Some(self.verifier.clone()))
     }
 
+    async fn visit(&self, branch: BranchId, _: &Point) -> Result<BranchId, EndpointError> {
+        Ok(branch)
+    }
+
     async fn wake(&self, _: BranchId) -> Result<Awake, EndpointError> {
-        Ok(Awake { generation: 1, socket: self.socket.clone() })
+        Ok(Awake { generation: 1, socket: self.socket.clone(), admits: None })
     }
 }
 

@@ -406,6 +406,11 @@ impl Branch {
         Activity { idle_for: worked.map(|at| at.elapsed()), busy: busy.count(), sessions: inner.seats.len() }
     }
 
+    /// Whether nobody is connected.
+    pub fn is_deserted(&self) -> bool {
+        self.inner.lock().seats.is_empty()
+    }
+
     /// All sessions, in the order they came.
     pub fn sessions(&self) -> Vec<SessionInfo> {
         self.inner.lock().sessions(|_| true)

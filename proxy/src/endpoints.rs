@@ -1,13 +1,14 @@
 //! The seam between the proxy and whoever runs computes: find an endpoint, wake it, connect to it; and the way back:
 //! who is connected, hold everyone, let go.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ebb_types::{BranchId, EndpointName, SqlState};
+use ebb_types::{BranchId, EndpointName, Point, SqlState};
 
 /// What the proxy needs of the rest of Ebb.
 #[async_trait]
@@ -18,6 +19,10 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
     /// The stored SCRAM-SHA-256 verifier of a role (in the text form of `pg_authid.rolpassword`), or `None` if the
     /// role is unknown or may not log in. Never wakes anything.
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError>;
+
+    /// Names a visit to a moment of a branch: what is woken, listed and left under this identifier is a read-only image of
+    /// that moment. All who visit the same moment get the same. Only called for authenticated clients; makes nothing yet.
+    async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError>;
 
     /// Makes the branch's compute answer, waking it if need be. May be called by many at once: one wake results.
     /// Only called for authenticated clients. Cancel-safe: a wake once begun goes on.
@@ -42,6 +47,9 @@ pub struct Awake {
     pub generation: u64,
     /// The Unix socket Postgres listens on (from the proxy's view; the path may be longer than `sun_path` allows).
     pub socket: PathBuf,
+    /// The only roles that may log in, where a client's proof does not say so already: it proved a password of today,
+    /// while this is an image of the past.
+    pub admits: Option<Arc<BTreeSet<String>>>,
 }
 
 /// Why there is no compute to talk to; everything a client may be told about it.
@@ -139,6 +147,9 @@ pub trait Sessions: Debug + Send + Sync + 'static {
 
     /// Lets everyone go on: held messages wake the branch and are answered by whatever is then behind it.
     fn release(&self, branch: BranchId);
+
+    /// Forgets a branch that is gone for ever, unless someone is connected.
+    fn forget(&self, branch: BranchId);
 
     /// Tells the proxy that a branch's compute is gone (crashed): attached sessions get `08006` truthfully if they were
     /// in the middle of something; idle ones that were never pinned are ended likewise, their state being lost.

@@ -119,6 +119,19 @@ impl Said {
             .hint("An endpoint is written BRANCH--PROJECT, for example prod--shop.")
     }
 
+    /// A `point=` that is no moment at all.
+    pub fn not_a_point(text: &str) -> Self {
+        Self::fatal(SqlState::INVALID_PARAMETER_VALUE, format!("point {text:?} is not valid")).hint(
+            "A point is the name of a checkpoint, a position like 0/16B3748, or a time like 2026-11-21T06:00:00Z.",
+        )
+    }
+
+    /// The role may log in now, but not at the moment that is visited.
+    pub fn not_admitted(role: &str) -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, format!("role \"{role}\" could not log in at that moment"))
+            .hint("Connect as a role that existed then and was no superuser.")
+    }
+
     /// No `user` in the start-up packet.
     pub fn no_user() -> Self {
         Self::fatal(SqlState::INVALID_AUTHORIZATION, "no user name given in the startup packet")

@@ -6,6 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 
+use ebb_types::Point;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
@@ -14,7 +15,7 @@ use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::proxy::Shared;
 use crate::scram::{self, Exchange, Failure, Verifier};
-use crate::startup::{PACKET_MAX, Packet, Startup};
+use crate::startup::{PACKET_MAX, Packet, Place, Startup};
 use crate::stream::ClientStream;
 use crate::wire::{Fields, cstr, message, read_message};
 
@@ -70,11 +71,15 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         }
         negotiate(&mut client, &startup).await?;
         let role = startup.text("user").filter(|role| !role.is_empty()).ok_or_else(Said::no_user)?.to_owned();
-        let name = startup.take_endpoint(sni.as_deref(), &shared.config.domain)?;
-        let endpoint = shared.endpoints.find(&name).await.map_err(Said::from)?;
+        let Place { endpoint, point } = startup.take_place(sni.as_deref(), &shared.config.domain)?;
+        let mut endpoint = shared.endpoints.find(&endpoint).await.map_err(Said::from)?;
         startup.default_database(&endpoint.default_database);
         startup.fix_user(&role);
         authenticate(shared, &mut client, peer, &endpoint, &role, binding.as_ref().map(|hash| &hash[..])).await?;
+        if point != Point::Head {
+            // Whoever may not come in now may not come into the past either.
+            endpoint.branch = shared.endpoints.visit(endpoint.branch, &point).await.map_err(Said::from)?;
+        }
         Ok((endpoint, role))
     };
     match result.await {

@@ -299,6 +299,10 @@ impl Sessions for Shared {
         }
     }
 
+    fn forget(&self, branch: BranchId) {
+        self.branches.remove_if(&branch, |_, known| known.is_deserted());
+    }
+
     fn lost(&self, branch: BranchId, generation: u64) {
         if let Some(branch) = self.known_branch(branch) {
             branch.forget(generation);

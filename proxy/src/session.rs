@@ -132,6 +132,7 @@ struct Attached {
 
 enum TryError {
     Endpoint(EndpointError),
+    NotAdmitted,
     Start { generation: u64, error: StartError },
     Replay { generation: u64, error: ReplayError },
 }
@@ -244,7 +245,8 @@ impl Session {
     /// One try. A fence that comes up meanwhile calls it off.
     async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
         let seat = self.seat.clone();
-        let trying = try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone());
+        let trying =
+            try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone(), seat.clone());
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -272,6 +274,7 @@ impl Session {
         let generation = match result {
             Ok(attached) => return Ok(Tried::Attached(Box::new(attached))),
             Err(TryError::Endpoint(error)) => return Err(End::Say(error.into())),
+            Err(TryError::NotAdmitted) => return Err(End::Say(Said::not_admitted(&seat.sitter.role))),
             Err(TryError::Start { generation, error }) => match error {
                 StartError::Unreachable(error) => {
                     tracing::debug!(%error, generation, "compute does not answer");
@@ -556,8 +559,12 @@ async fn try_attach(
     branch: Arc<Branch>,
     startup: Box<[u8]>,
     kept: Option<Arc<Kept>>,
+    seat: Arc<Seat>,
 ) -> Result<Attached, TryError> {
     let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
+        return Err(TryError::NotAdmitted);
+    }
     let generation = awake.generation;
     let started = Backend::start(&awake.socket, &startup).await;
     let mut backend = started.map_err(|error| TryError::Start { generation, error })?;

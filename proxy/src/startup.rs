@@ -1,6 +1,8 @@
 //! The first packet of a connection, and which endpoint it asks for: bytes in, values out.
 
-use ebb_types::EndpointName;
+use std::str::FromStr;
+
+use ebb_types::{EndpointName, Point};
 
 use crate::errors::Said;
 use crate::wire::{Fields, cstr, untagged};
@@ -128,47 +130,64 @@ impl Startup {
         out
     }
 
-    /// Finds the endpoint asked for and strips what named it, so that the rest can go to Postgres.
+    /// Finds the place asked for and strips what named it, so that the rest can go to Postgres.
     ///
-    /// What is written out wins over what is implied: `options`, then the database's suffix, then the host name.
+    /// What is written out wins over what is implied: `options`, then the database's suffix, then the host name. What
+    /// stands before an endpoint's name in a database is the database's own name, whatever it looks like.
     ///
     /// # Errors
-    /// If no endpoint is named, or `options` name one that cannot be.
-    pub fn take_endpoint(&mut self, sni: Option<&str>, domain: &str) -> Result<EndpointName, Said> {
-        let from_options = self.take_from_options()?;
-        let from_database = self.take_from_database();
-        from_options
-            .or(from_database)
-            .or_else(|| sni.and_then(|host| endpoint_of_host(host, domain)))
-            .ok_or_else(|| Said::no_endpoint(domain))
+    /// If no endpoint is named, or `options` name an endpoint or a point that cannot be.
+    pub fn take_place(&mut self, sni: Option<&str>, domain: &str) -> Result<Place, Said> {
+        let (from_options, point_of_options) = self.take_from_options()?;
+        let implied = || sni.and_then(|host| endpoint_of_host(host, domain));
+        let named = from_options.clone().or_else(implied);
+        let (from_database, point_of_database) = self.take_from_database(named.is_some());
+        let endpoint = from_options.or(from_database).or(named).ok_or_else(|| Said::no_endpoint(domain))?;
+        let point = point_of_options.or(point_of_database).unwrap_or_default();
+        Ok(Place { endpoint, point })
     }
 
-    fn take_from_options(&mut self) -> Result<Option<EndpointName>, Said> {
-        let Some(options) = self.text("options") else { return Ok(None) };
-        let mut endpoint = None;
+    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>), Said> {
+        let Some(options) = self.text("options") else { return Ok((None, None)) };
+        let (mut endpoint, mut point) = (None, None);
         let mut kept = Vec::new();
         for word in option_words(options) {
-            match word.strip_prefix("endpoint=") {
-                Some(name) => {
-                    endpoint = Some(name.parse().map_err(|why| Said::not_an_endpoint(name, why))?);
-                }
-                None => kept.push(word),
+            if let Some(name) = word.strip_prefix("endpoint=") {
+                let name = unescaped(name);
+                endpoint = Some(name.parse().map_err(|why| Said::not_an_endpoint(&name, why))?);
+            } else if let Some(text) = word.strip_prefix("point=") {
+                let text = unescaped(text);
+                point = Some(text.parse().map_err(|_| Said::not_a_point(&text))?);
+            } else {
+                kept.push(word);
             }
         }
-        if endpoint.is_some() {
+        if endpoint.is_some() || point.is_some() {
             let rest = kept.join(" ");
             self.set("options", Some(rest).filter(|rest| !rest.is_empty()));
         }
-        Ok(endpoint)
+        Ok((endpoint, point))
     }
 
-    fn take_from_database(&mut self) -> Option<EndpointName> {
-        let (name, suffix) = self.text("database")?.rsplit_once('@')?;
-        // A database may be called `a@b`: only a suffix that is an endpoint's name is taken for one.
-        let endpoint = suffix.parse().ok()?;
+    /// `name@endpoint`, `name@endpoint@point`; and `name@point`, where the endpoint is named elsewhere.
+    ///
+    /// A database may be called `a@b`: only a suffix that is an endpoint's name or a point is taken for one.
+    fn take_from_database(&mut self, named: bool) -> (Option<EndpointName>, Option<Point>) {
+        let Some((name, suffix)) = self.text("database").and_then(|database| split_off::<EndpointOrPoint>(database))
+        else {
+            return (None, None);
+        };
+        let (name, endpoint, point) = match suffix {
+            EndpointOrPoint::Endpoint(endpoint) => (name, Some(endpoint), None),
+            EndpointOrPoint::Point(point) => match split_off::<EndpointName>(name) {
+                Some((name, endpoint)) => (name, Some(endpoint), Some(point)),
+                None if named => (name, None, Some(point)),
+                None => return (None, None),
+            },
+        };
         let name = Some(name.to_owned()).filter(|name| !name.is_empty());
         self.set("database", name);
-        Some(endpoint)
+        (endpoint, point)
     }
 
     /// Names the database where the client did not.
@@ -177,6 +196,39 @@ impl Startup {
             self.set("database", Some(database.to_owned()));
         }
     }
+}
+
+/// Where a client wants to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// To which branch.
+    pub endpoint: EndpointName,
+    /// To which moment of it; the head is the branch itself.
+    pub point: Point,
+}
+
+/// What may stand behind the last `@` of a database's name. A checkpoint that is called like an endpoint (`a--b`) is taken
+/// for one here; `options` name it.
+enum EndpointOrPoint {
+    Endpoint(EndpointName),
+    Point(Point),
+}
+
+impl FromStr for EndpointOrPoint {
+    type Err = <Point as FromStr>::Err;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.parse() {
+            Ok(endpoint) => Ok(Self::Endpoint(endpoint)),
+            Err(_) => text.parse().map(Self::Point),
+        }
+    }
+}
+
+/// What stands before the last `@`, and what behind it if it can be that.
+fn split_off<T: FromStr>(text: &str) -> Option<(&str, T)> {
+    let (name, suffix) = text.rsplit_once('@')?;
+    Some((name, suffix.parse().ok()?))
 }
 
 /// The endpoint whose host name this is.
@@ -208,6 +260,16 @@ fn option_words(options: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// A word of `options` as Postgres reads it: a backslash stands for what follows it.
+fn unescaped(word: &str) -> String {
+    let mut chars = word.chars();
+    std::iter::from_fn(|| match chars.next() {
+        Some('\\') => chars.next(),
+        other => other,
+    })
+    .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -225,13 +287,15 @@ mod tests {
         }
     }
 
+    /// What is expected: the place, as `endpoint@point`, and what database and options are left for Postgres.
     fn check(parameters: &[(&str, &str)], sni: Option<&str>, expect: Result<(&str, Option<&str>, Option<&str>), &str>) {
         let mut startup = startup(parameters);
-        match (startup.take_endpoint(sni, "localhost"), expect) {
-            (Ok(name), Ok((endpoint, database, options))) => {
-                assert_eq!(name.to_string(), endpoint);
-                assert_eq!(startup.text("database"), database);
-                assert_eq!(startup.text("options"), options);
+        match (startup.take_place(sni, "localhost"), expect) {
+            (Ok(Place { endpoint, point }), Ok((place, database, options))) => {
+                let told = if point == Point::Head { endpoint.to_string() } else { format!("{endpoint}@{point}") };
+                assert_eq!(told, place, "for {parameters:?}");
+                assert_eq!(startup.text("database"), database, "for {parameters:?}");
+                assert_eq!(startup.text("options"), options, "for {parameters:?}");
             }
             (Err(said), Err(code)) => assert_eq!(said.sqlstate(), code, "for {parameters:?}"),
             (got, expect) => panic!("{parameters:?} {sni:?}: {got:?}, not {expect:?}"),
@@ -249,8 +313,45 @@ mod tests {
         check(&[("database", "app@dev--shop")], None, Ok(("dev--shop", Some("app"), None)));
         check(&[("database", "@dev--shop")], None, Ok(("dev--shop", None, None)));
         check(&[("database", "a@b@dev--shop")], None, Ok(("dev--shop", Some("a@b"), None)));
-        check(&[("database", "a@b")], Some("Dev--Shop.LOCALHOST"), Ok(("dev--shop", Some("a@b"), None)));
+        check(&[("database", "a@-b")], Some("Dev--Shop.LOCALHOST"), Ok(("dev--shop", Some("a@-b"), None)));
         check(&[("options", "-c x=1")], Some("dev--shop.localhost"), Ok(("dev--shop", None, Some("-c x=1"))));
+    }
+
+    #[test]
+    fn a_point_is_named_in_options_or_behind_the_database() {
+        let time = "2026-11-21T06:00:00Z";
+        check(&[("options", "endpoint=prod--shop point=v1")], None, Ok(("prod--shop@v1", None, None)));
+        check(
+            &[("options", "-c a=b point=0/16B3748 -c d=e"), ("database", "app")],
+            Some("dev--shop.localhost"),
+            Ok(("dev--shop@0/16B3748", Some("app"), Some("-c a=b -c d=e"))),
+        );
+        check(
+            &[("options", "endpoint=prod--shop point=2026-11-21T06:00:00\\Z")],
+            None,
+            Ok(("prod--shop@2026-11-21T06:00:00Z", None, None)),
+        );
+        check(
+            &[("options", "point=2026-11-21\\ 06:00:00Z"), ("database", "app@dev--shop")],
+            None,
+            Ok(("dev--shop@2026-11-21T06:00:00Z", Some("app"), None)),
+        );
+        check(&[("database", "app@dev--shop@v1")], None, Ok(("dev--shop@v1", Some("app"), None)));
+        check(&[("database", &format!("@dev--shop@{time}"))], None, Ok((&format!("dev--shop@{time}"), None, None)));
+        check(&[("database", "a@b@dev--shop@v1")], None, Ok(("dev--shop@v1", Some("a@b"), None)));
+        check(&[("database", "app@v1")], Some("dev--shop.localhost"), Ok(("dev--shop@v1", Some("app"), None)));
+        check(
+            &[("database", "app@0/1"), ("options", "endpoint=prod--shop")],
+            None,
+            Ok(("prod--shop@0/1", Some("app"), None)),
+        );
+        // Options win over the database, and the head is no visit.
+        check(
+            &[("database", "app@dev--shop@v1"), ("options", "point=v2")],
+            None,
+            Ok(("dev--shop@v2", Some("app"), None)),
+        );
+        check(&[("options", "endpoint=prod--shop point=head")], None, Ok(("prod--shop", None, None)));
     }
 
     #[test]
@@ -261,6 +362,11 @@ mod tests {
         check(&[], Some("dev--shoplocalhost"), Err("28000"));
         check(&[("options", "endpoint=shop")], None, Err("3D000"));
         check(&[("options", "endpoint=")], None, Err("3D000"));
+        check(&[("database", "app@v1")], None, Err("28000"));
+        for point in ["", "-v", "0/XYZ", "a b", "2026-11-21T06:00:00"] {
+            let options = format!("endpoint=prod--shop point={}", point.replace(' ', "\\ "));
+            check(&[("options", &options)], None, Err("22023"));
+        }
     }
 
     #[test]

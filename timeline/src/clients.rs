@@ -27,6 +27,9 @@ pub trait Clients: Debug + Send + Sync + 'static {
     /// Lets everyone go on.
     fn release(&self, branch: BranchId);
 
+    /// The branch is gone for ever: what is remembered of it may go, unless someone is connected.
+    fn forget(&self, branch: BranchId);
+
     /// The compute of this generation is gone without having been stopped.
     fn lost(&self, branch: BranchId, generation: u64);
 }
@@ -85,6 +88,8 @@ impl Clients for NoClients {
     }
 
     fn release(&self, _: BranchId) {}
+
+    fn forget(&self, _: BranchId) {}
 
     fn lost(&self, _: BranchId, _: u64) {}
 }

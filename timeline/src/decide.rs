@@ -493,7 +493,10 @@ fn plan_rollback(state: &ProjectState, to: &str, now: Found, layers: u64, fresh:
 }
 
 /// The layer of a point, or how one comes about; neither for the head, which may have to be sealed first.
-fn image_at(
+///
+/// # Errors
+/// If the branch cannot be taken back to that point.
+pub fn image_at(
     id: BranchId,
     branch: &Branch,
     point: &Point,

@@ -112,6 +112,12 @@ pub enum Refusal {
         /// Its last moment.
         to: Timestamp,
     },
+    /// As many moments are visited as may be.
+    #[error("too many moments are visited at once")]
+    TooManyVisits {
+        /// How many may be, on this node.
+        limit: usize,
+    },
     /// The branch must stay.
     #[error("branch {branch:?} cannot be deleted: {why}")]
     Kept {
@@ -174,6 +180,7 @@ impl Refusal {
             | Refusal::CheckpointKept { .. }
             | Refusal::NoWayBack { .. }
             | Refusal::TooLate(_) => ErrorKind::Conflict,
+            Refusal::TooManyVisits { .. } => ErrorKind::Unavailable,
             Refusal::OutsideWindow { .. } | Refusal::Unconfirmed(_) | Refusal::Invalid(_) => ErrorKind::Invalid,
         }
     }
@@ -195,6 +202,9 @@ impl Hint for Refusal {
             Refusal::OutsideWindow { from, to, .. } => {
                 Some(format!("It can be taken to any moment from {from} to {to}, and to its checkpoints."))
             }
+            Refusal::TooManyVisits { limit } => Some(format!(
+                "A node holds {limit} visits. Disconnect from one, or make a branch of the moment, which may stay."
+            )),
             Refusal::Kept { advice, .. } | Refusal::NoWayBack { advice, .. } => Some(advice.clone()),
             Refusal::CheckpointKept { .. } => Some("It is kept as long as the release can be rolled back.".to_owned()),
             Refusal::Unconfirmed(name) => Some(format!("Repeat the request with confirm={name}.")),
@@ -376,6 +386,8 @@ impl Error {
             Error::DiskFull { .. } => return SqlState::DISK_FULL,
             Error::Refused(Refusal::Busy { .. }) => return SqlState::OBJECT_IN_USE,
             Error::Refused(Refusal::Elsewhere { .. }) => return SqlState::CANNOT_CONNECT_NOW,
+            Error::Refused(Refusal::TooManyVisits { .. }) => return SqlState::TOO_MANY_CONNECTIONS,
+            Error::Refused(Refusal::OutsideWindow { .. }) => return SqlState::INVALID_PARAMETER_VALUE,
             Error::Stopping => return SqlState::ADMIN_SHUTDOWN,
             _ => {}
         }

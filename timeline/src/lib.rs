@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod clients;
 pub mod collect;
 pub mod decide;
+pub mod diff;
 pub mod drill;
 pub mod error;
 pub mod event;

@@ -6,9 +6,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ebb_compute::postgres::{DATABASE, OWNER};
+use ebb_compute::postgres::{DATABASE, OWNER, SUPERUSER};
 use ebb_types::Lsn;
 use tokio_postgres::error::ErrorPosition;
+use tokio_postgres::types::FromSql;
 use tokio_postgres::{Client, NoTls};
 
 use crate::artifact::Migration;
@@ -83,9 +84,9 @@ pub async fn run(socket: &Path, release: &str, migrations: &[Migration]) -> Resu
     Ok(applied)
 }
 
-/// A connection and the task that drives it.
+/// A connection to the private socket of a Postgres that answers, and the task that drives it.
 pub(crate) struct Session {
-    pub(crate) client: Client,
+    pub client: Client,
     driver: tokio::task::JoinHandle<()>,
 }
 
@@ -97,16 +98,26 @@ impl Drop for Session {
 
 impl Session {
     async fn open(socket: &Path) -> Result<Self> {
-        Self::open_as(socket, OWNER, DATABASE).await
+        Self::open_as(socket, OWNER, DATABASE, "ebb release").await
     }
 
-    /// Connects as any role to any database; the socket is trusted.
-    pub(crate) async fn open_as(socket: &Path, role: &str, database: &str) -> Result<Self> {
-        let connected = tokio::time::timeout(CONNECT_MAX, Self::connect(socket, role, database));
-        connected.await.map_err(|_| Error::Deadline("connecting"))?
+    /// As superuser, in the database that every cluster has.
+    pub async fn open_as_superuser(socket: &Path) -> Result<Self> {
+        Self::open_as(socket, SUPERUSER, "postgres", "ebb visit").await
     }
 
-    async fn connect(socket: &Path, role: &str, database: &str) -> Result<Self> {
+    pub async fn open_as(socket: &Path, role: &str, database: &str, application: &str) -> Result<Self> {
+        let connecting = Self::connect(socket, role, database, application);
+        tokio::time::timeout(CONNECT_MAX, connecting).await.map_err(|_| Error::Deadline("connecting"))?
+    }
+
+    /// The first column of all rows of a query.
+    pub async fn ask<T: for<'a> FromSql<'a>>(&self, query: &str) -> Result<Vec<T>> {
+        let rows = self.client.query(query, &[]).await.map_err(lost)?;
+        rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>().map_err(lost)
+    }
+
+    async fn connect(socket: &Path, role: &str, database: &str, application: &str) -> Result<Self> {
         // LIMIT: `sun_path` holds 108 bytes, and data directories may be deep: go by way of an open directory.
         let (dir, name) = match (socket.parent(), socket.file_name()) {
             (Some(dir), Some(name)) => (dir, name),
@@ -117,11 +128,11 @@ impl Session {
         let short = Path::new("/proc/self/fd").join(std::os::fd::AsRawFd::as_raw_fd(&dir).to_string()).join(name);
         let stream = tokio::net::UnixStream::connect(short).await.map_err(local)?;
         let mut config = tokio_postgres::Config::new();
-        config.user(role).dbname(database).application_name("ebb");
+        config.user(role).dbname(database).application_name(application);
         let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(lost)?;
         let driver = tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection for migrations ended");
+                tracing::debug!(%error, "a connection of Ebb's own ended");
             }
         });
         Ok(Self { client, driver })

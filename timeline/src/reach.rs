@@ -64,6 +64,11 @@ pub enum Keeper {
         /// What it does.
         act: &'static str,
     },
+    /// A visit.
+    Visit {
+        /// To what: the point in words.
+        place: String,
+    },
     /// A seal that is not recorded yet.
     Unrecorded {
         /// Its project.
@@ -103,6 +108,7 @@ impl fmt::Display for Keeper {
                 write!(f, "the past of {project}/{branch} that can be gone back to, as it was at {at}")
             }
             Keeper::Operation { project, operation, act } => write!(f, "{act} under way in {project} ({operation})"),
+            Keeper::Visit { place } => write!(f, "visit of {place}"),
             Keeper::Unrecorded { project, branch } => {
                 write!(f, "a seal of branch {branch} of {project} that is not recorded yet")
             }

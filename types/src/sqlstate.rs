@@ -13,6 +13,8 @@ impl SqlState {
     pub const PROTOCOL_VIOLATION: Self = Self("08P01");
     /// `0A000`: a protocol feature that is not offered.
     pub const FEATURE_NOT_SUPPORTED: Self = Self("0A000");
+    /// `22023`: a value that cannot be, or a moment that cannot be reached.
+    pub const INVALID_PARAMETER_VALUE: Self = Self("22023");
     /// `25006`: a write to something immutable.
     pub const READ_ONLY: Self = Self("25006");
     /// `28000`: not allowed, for a reason that may be told.

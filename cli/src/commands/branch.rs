@@ -6,10 +6,10 @@ use std::time::Duration;
 use ebb_compute::control::Durability;
 use ebb_compute::import::DumpFormat;
 use ebb_timeline::api::types::{
-    Branch, BranchList, BranchUrl, ChangeBranch, ChangeUpkeep, Checkpoint, CheckpointList, CreateBranch,
-    CreateCheckpoint, Export, Exported, RestoreBranch, Restored, Stored,
+    Branch, BranchList, ChangeBranch, ChangeUpkeep, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
+    Exported, RestoreBranch, Restored, Stored,
 };
-use ebb_types::{BranchRef, Point, PointRef};
+use ebb_types::{Point, PointRef};
 
 use super::drill::last_drill;
 use super::project::seconds;
@@ -189,11 +189,6 @@ fn checkpoint_table(checkpoints: Vec<Checkpoint>) -> String {
             ]
         }),
     )
-}
-
-pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
-    let answer = to.client.get(&format!("{}/url", branch_path(branch)))?;
-    to.show(&answer, |view: BranchUrl| view.url + "\n")
 }
 
 pub fn export(

@@ -1,6 +1,7 @@
 //! `ebb compute suspend|wake|move|status`, and `ebb node`.
 
 use ebb_timeline::api::types::{Compute, NodeList};
+use ebb_timeline::clients::SessionRow;
 use serde_json::json;
 
 use super::project::seconds;
@@ -71,23 +72,33 @@ fn status(view: Compute) -> String {
     ]);
     if !view.sessions.is_empty() {
         text.push('\n');
-        text.push_str(&table(
-            ["CONN", "ROLE", "DATABASE", "APPLICATION", "PEER", "STATE", "SINCE", "REASON"],
-            view.sessions.into_iter().map(|session| {
-                [
-                    session.conn.to_string(),
-                    session.role,
-                    session.database,
-                    session.application,
-                    session.peer,
-                    session.state,
-                    format!("{:.0}s", session.since_seconds),
-                    session.reason.unwrap_or_default(),
-                ]
-            }),
-        ));
+        text.push_str(&sessions(view.sessions));
+    }
+    for visit in view.visits {
+        text.push_str(&format!("\nvisit of {} since {} ({})\n", visit.point, seconds(visit.since), visit.state));
+        if !visit.sessions.is_empty() {
+            text.push_str(&sessions(visit.sessions));
+        }
     }
     text
+}
+
+fn sessions(rows: Vec<SessionRow>) -> String {
+    table(
+        ["CONN", "ROLE", "DATABASE", "APPLICATION", "PEER", "STATE", "SINCE", "REASON"],
+        rows.into_iter().map(|session| {
+            [
+                session.conn.to_string(),
+                session.role,
+                session.database,
+                session.application,
+                session.peer,
+                session.state,
+                format!("{:.0}s", session.since_seconds),
+                session.reason.unwrap_or_default(),
+            ]
+        }),
+    )
 }
 
 #[cfg(test)]
@@ -103,6 +114,8 @@ mod tests {
             "sessions": [{"conn": 7, "role": "app", "database": "app", "application": "psql", "peer": "127.0.0.1:5000",
                           "state": "pinned", "reason": "temporary table", "since_seconds": 12.4}],
             "keeps_awake": ["connection 7 of app@app from 127.0.0.1:5000: temporary table"],
+            "visits": [{"id": "br_00000000000000000000000000000001", "point": "v1", "since": "2026-11-21T06:00:00Z",
+                        "state": "open", "sessions": []}],
         }));
         insta::assert_snapshot!(status(view.unwrap()), @r"
         state          active
@@ -116,6 +129,8 @@ mod tests {
 
         CONN  ROLE  DATABASE  APPLICATION  PEER            STATE   SINCE  REASON
         7     app   app       psql         127.0.0.1:5000  pinned  12s    temporary table
+
+        visit of v1 since 2026-11-21 06:00:00Z (open)
         ");
     }
 }

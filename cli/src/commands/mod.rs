@@ -4,12 +4,14 @@
 mod branch;
 mod collect;
 mod compute;
+mod diff;
 mod drill;
 pub mod fsck;
 pub mod import;
 mod project;
 mod psql;
 mod release;
+mod url;
 
 use std::path::{Path, PathBuf};
 
@@ -29,8 +31,8 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Project(command) => project::run(&to, command),
         Command::Branch(command) => branch::run(&to, command),
         Command::Checkpoint(command) => branch::run_checkpoint(&to, command),
-        Command::Url { branch } => branch::print_url(&to, &branch),
-        Command::Psql { branch, args } => psql::run(&to, &branch, &args),
+        Command::Url { place } => url::run(&to, &place),
+        Command::Psql { place, args } => psql::run(&to, &place, &args),
         Command::Compute(command) => compute::run(&to, command),
         Command::Node(command) => compute::run_node(&to, command),
         Command::Release(command) => release::run(&to, command),
@@ -42,6 +44,7 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Import(args) => import::run(&to, *args),
         Command::Drill { from, probes, key } => drill::run(&to, &from, probes, &key),
         Command::Drills { branch } => drill::list(&to, &branch),
+        Command::Diff(what) => diff::run(&to, &what),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

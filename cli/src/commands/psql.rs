@@ -5,20 +5,17 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use ebb_types::{BranchRef, ErrorKind};
+use ebb_types::PointRef;
 
-use super::{Session, branch_path};
+use super::Session;
+use super::url::urls;
 use crate::failure::Failure;
 
-/// Replaces this process by psql, connected to the branch. Returns only if that cannot be done.
-pub fn run(to: &Session, branch: &BranchRef, args: &[OsString]) -> Result<(), Failure> {
-    let answer = to.client.get(&format!("{}/url", branch_path(branch)))?;
-    let url = answer["url"].as_str().ok_or_else(|| {
-        Failure::new(ErrorKind::Internal, "the API answered without a URL")
-            .hint("Are this `ebb` and the `ebb serve` it talks to of the same version?")
-    })?;
+/// Replaces this process by psql, connected to the branch, or to a moment of it. Returns only if that cannot be done.
+pub fn run(to: &Session, place: &PointRef, args: &[OsString]) -> Result<(), Failure> {
+    let urls = urls(to, place)?;
     // A command line is readable to every user of the machine, an environment is not.
-    let (url, password) = without_password(url);
+    let (url, password) = without_password(&urls.url);
     let mut psql = Command::new("psql");
     psql.arg(url).args(args);
     if let Some(password) = password {

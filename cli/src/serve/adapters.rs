@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
 use ebb_timeline::clients::{Activity, Clients, SessionRow};
 use ebb_timeline::{Place, Service};
-use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, SqlState};
+use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
 
 use super::peers::{Peers, Unreached};
 
@@ -67,20 +67,24 @@ impl Endpoints for ServiceEndpoints {
         }
     }
 
+    async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError> {
+        self.service()?.visit(branch, point).map_err(reported)
+    }
+
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
         let (service, peers) = self.both()?;
         let search = Search::begin();
         loop {
             if let Place::There(owner) = service.place(branch).await.map_err(reported)? {
                 match peers.wake(&owner, branch).await {
-                    Ok((generation, socket)) => return Ok(Awake { generation, socket }),
+                    Ok((generation, socket)) => return Ok(Awake { generation, socket, admits: None }),
                     Err(unreached) => search.go_on(Some((owner.name, unreached))).await?,
                 }
                 continue;
             }
             // The service itself reports a wake that failed, once for all who waited.
             match service.wake(branch).await {
-                Ok(unit) => return Ok(Awake { generation: unit.generation, socket: unit.socket }),
+                Ok(unit) => return Ok(Awake { generation: unit.generation, socket: unit.socket, admits: unit.admits }),
                 // It has just got another owner.
                 Err(error) if error.is_elsewhere() => search.go_on(None).await?,
                 Err(error) => return Err(to_client(error)),
@@ -159,6 +163,10 @@ impl Clients for ProxyClients {
 
     fn release(&self, branch: BranchId) {
         self.0.release(branch);
+    }
+
+    fn forget(&self, branch: BranchId) {
+        self.0.forget(branch);
     }
 
     fn lost(&self, branch: BranchId, generation: u64) {

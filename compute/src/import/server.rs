@@ -91,7 +91,12 @@ impl Server {
                 false => remove(&path)?,
             }
         }
-        let wal = (begin != Begin::Plainly).then(|| Recovery { wal: "../wal".into(), pg_timeline: None, until: None });
+        let wal = (begin != Begin::Plainly).then(|| Recovery {
+            wal: "../wal".into(),
+            pg_timeline: None,
+            until: None,
+            stay: false,
+        });
         // As a fork: no worker of a subscription may start.
         let mut arguments = config::arguments(&at, Path::new(DATA), true, wal.as_ref());
         arguments.extend(["-c".to_owned(), "fsync=off".to_owned()]);

@@ -19,6 +19,9 @@ local  all          all       trust
 local  replication  postgres  trust
 ";
 
+/// How often a server that stays at a moment looks for more WAL, of which there is none.
+const STANDBY_LOOKS_AGAIN: &str = "1h";
+
 /// What a configuration depends on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Surroundings<'a> {
@@ -161,7 +164,8 @@ fn durability_settings(durability: Durability) -> &'static str {
 /// (see `roles.rs`): so for this once there are none. They run again, if enabled, from the next wake on.
 ///
 /// A recovery stops before the record that begins at its position: what a client saw as the position after its commit is
-/// where the next record begins. The server lets nobody in before it has got there (`hot_standby`).
+/// where the next record begins. The server lets nobody in before it has got there (`hot_standby`), unless it is to stay
+/// there: then as soon as it is consistent.
 pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool, recovery: Option<&Recovery>) -> Vec<String> {
     let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
     let mut set = |name: &str, value: &str| arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
@@ -172,13 +176,23 @@ pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool, recovery
     if fork {
         set("max_logical_replication_workers", "0");
     }
-    if let Some(Recovery { wal, pg_timeline, until }) = recovery {
-        if let Some(pg_timeline) = pg_timeline {
-            set("recovery_target_timeline", &pg_timeline.to_string());
+    if let Some(Recovery { wal, pg_timeline, until, stay }) = recovery {
+        match pg_timeline {
+            Some(pg_timeline) => set("recovery_target_timeline", &pg_timeline.to_string()),
+            None if *stay => set("recovery_target_timeline", "current"),
+            None => {}
         }
-        set("restore_command", &format!("cp '{}/%f' '%p'", wal.display()));
-        set("hot_standby", "off");
-        set("recovery_target_action", "promote");
+        if *stay {
+            // It asks again and again for what does not come; the log is spared that.
+            set("restore_command", &format!("test -e '{0}/%f' && cp '{0}/%f' '%p'", wal.display()));
+            set("wal_retrieve_retry_interval", STANDBY_LOOKS_AGAIN);
+            set("hot_standby", "on");
+            set("recovery_target_action", "pause");
+        } else {
+            set("restore_command", &format!("cp '{}/%f' '%p'", wal.display()));
+            set("hot_standby", "off");
+            set("recovery_target_action", "promote");
+        }
         match until {
             Some(Until::Lsn(lsn)) => {
                 set("recovery_target_lsn", &lsn.to_string());
@@ -233,6 +247,17 @@ mod tests {
         for fixed in ["fsync=on", "full_page_writes=on", "listen_addresses=", "recovery_init_sync_method=syncfs"] {
             assert!(arguments.contains(&format!("-c {fixed}")), "{fixed} is missing in {arguments}");
         }
+    }
+
+    #[test]
+    fn a_recovery_goes_on_or_stays() {
+        let of = |stay| {
+            let recovery = Recovery { wal: "pg_wal/replay".into(), pg_timeline: None, until: None, stay };
+            arguments(&at(), Path::new("/mnt/data"), false, Some(&recovery)).join(" ")
+        };
+        assert!(of(false).contains("-c hot_standby=off -c recovery_target_action=promote"), "{}", of(false));
+        assert!(of(true).contains("-c hot_standby=on -c recovery_target_action=pause"), "{}", of(true));
+        assert!(of(true).contains("-c recovery_target_timeline=current"), "{}", of(true));
     }
 
     #[test]

@@ -3,12 +3,14 @@
 //! Ebb ships no Postgres and patches none: it runs what the machine has, one server of each major version.
 
 pub(crate) mod config;
+mod schema;
 mod template;
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+pub use self::schema::dump_schema;
 pub(crate) use self::template::last_complaint;
 pub use self::template::make_template;
 use crate::{Error, Result};

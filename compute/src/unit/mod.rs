@@ -103,6 +103,7 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     let plan = Plan {
         bin: spec.pg_bin.clone(),
         arguments: config::arguments(&config.surroundings(), &house.data(), spec.fork, spec.recovery.as_ref()),
+        stays: spec.recovery.as_ref().is_some_and(|recovery| recovery.stay),
         user,
         lock,
         log: branch_dir.join(files::LOG),

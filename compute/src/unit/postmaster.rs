@@ -5,8 +5,10 @@ use std::io::{self, BufRead, BufReader, PipeReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -17,11 +19,22 @@ use tokio::sync::mpsc;
 use super::isolation;
 use super::log::LogFile;
 use crate::error::{OsContext, Result};
+use crate::manager::CANNOT_STAY;
 use crate::postgres::config;
 use crate::user::RunAs;
 
 /// What the server writes when it lets clients in (PostgreSQL 15 `postmaster.c`, with `lc_messages = C`).
 const READY: &[u8] = b"LOG:  database system is ready to accept connections";
+
+/// What a standby writes when it lets clients in that only read.
+const READY_TO_READ: &[u8] = b"LOG:  database system is ready to accept read-only connections";
+
+/// What a standby writes when its files are consistent. Clients come in at the same moment, unless a transaction with more
+/// than 64 subtransactions was open then (PostgreSQL 15, 27.4.3): its numbers are not all known.
+const CONSISTENT: &[u8] = b"LOG:  consistent recovery state reached";
+
+/// LIMIT: such a transaction may end in the WAL that is still to be replayed; a standby that has no more waits for ever.
+const READY_AFTER_CONSISTENT: Duration = Duration::from_secs(5);
 
 /// LIMIT: longer lines are cut in pieces; it bounds the memory of whoever reads the log.
 const LINE_BYTES_MAX: u64 = 64 * 1024;
@@ -33,6 +46,8 @@ pub(super) struct Plan {
     pub bin: PathBuf,
     /// Arguments of `postgres`.
     pub arguments: Vec<String>,
+    /// Whether it stays a standby.
+    pub stays: bool,
     /// As whom.
     pub user: RunAs,
     /// The unit's lock. Postgres and all its children hold it too, as their standard input, so that it is free only
@@ -87,7 +102,11 @@ impl Postmaster {
                 on_ready();
                 let _ = events.blocking_send(Event::Ready);
             };
-            thread::Builder::new().name("log".into()).spawn(move || read_log(output, log, &complaint, on_ready))
+            let standby =
+                plan.stays.then(|| Standby { postmaster: pid, complaint: complaint.clone(), ready: Arc::default() });
+            thread::Builder::new()
+                .name("log".into())
+                .spawn(move || read_log(output, log, &complaint, standby, on_ready))
         }
         .on("start a thread for", &plan.log)?;
         let events = events.clone();
@@ -142,7 +161,38 @@ fn reap_until(postmaster: Pid) -> String {
     }
 }
 
-fn read_log(output: PipeReader, mut log: LogFile, complaint: &Mutex<Option<String>>, on_ready: impl FnOnce()) {
+/// A server that is to stay at a moment, and is ended when it cannot.
+struct Standby {
+    postmaster: Pid,
+    complaint: Arc<Mutex<Option<String>>>,
+    ready: Arc<AtomicBool>,
+}
+
+impl Standby {
+    fn consistent(&self) {
+        let (postmaster, complaint, ready) = (self.postmaster, self.complaint.clone(), self.ready.clone());
+        let wait = move || {
+            thread::sleep(READY_AFTER_CONSISTENT);
+            if !ready.load(Ordering::Relaxed) {
+                end_standby(postmaster, &complaint);
+            }
+        };
+        let _ = thread::Builder::new().name("standby".into()).spawn(wait);
+    }
+}
+
+fn end_standby(postmaster: Pid, complaint: &Mutex<Option<String>>) {
+    *complaint.lock().unwrap_or_else(PoisonError::into_inner) = Some(CANNOT_STAY.to_owned());
+    let _ = kill(postmaster, Signal::SIGKILL);
+}
+
+fn read_log(
+    output: PipeReader,
+    mut log: LogFile,
+    complaint: &Mutex<Option<String>>,
+    standby: Option<Standby>,
+    on_ready: impl FnOnce(),
+) {
     let mut on_ready = Some(on_ready);
     let mut output = BufReader::new(output);
     let mut line = Vec::new();
@@ -152,13 +202,32 @@ fn read_log(output: PipeReader, mut log: LogFile, complaint: &Mutex<Option<Strin
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        if line.windows(READY.len()).any(|part| part == READY)
-            && let Some(on_ready) = on_ready.take()
-        {
+        let says = |words: &[u8]| line.windows(words.len()).any(|part| part == words);
+        let ready = match &standby {
+            None => says(READY),
+            Some(standby) => {
+                if says(CONSISTENT) {
+                    standby.consistent();
+                }
+                if says(READY) {
+                    // It has gone on: what it answers from here on is no moment of the past.
+                    end_standby(standby.postmaster, complaint);
+                }
+                says(READY_TO_READ)
+            }
+        };
+        if ready && let Some(on_ready) = on_ready.take() {
+            if let Some(standby) = &standby {
+                standby.ready.store(true, Ordering::Relaxed);
+            }
             on_ready();
         }
         if let Some(found) = complaint_in(&line) {
-            *complaint.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+            let mut complaint = complaint.lock().unwrap_or_else(PoisonError::into_inner);
+            // What it says while it is being killed is not why.
+            if complaint.as_deref() != Some(CANNOT_STAY) {
+                *complaint = Some(found);
+            }
         }
         log.write(&line);
     }

@@ -23,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const SCRAM: &str = "SCRAM-SHA-256$";
 
 /// Superusers are left out, so that nobody can log in as one from outside; expired passwords too.
-pub(crate) const LOOK: &str = "SELECT pg_current_wal_lsn(); \
+pub(crate) const LOOK: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END; \
     SELECT rolname, rolpassword FROM pg_authid WHERE rolcanlogin AND NOT rolsuper \
     AND rolpassword LIKE 'SCRAM-SHA-256$%' AND (rolvaliduntil IS NULL OR rolvaliduntil > now())";
 

@@ -13,7 +13,7 @@ use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::harness::{ENDPOINT, Ebb, OnWake, PASSWORD, code, connect, until, value};
+use crate::harness::{BRANCH, ENDPOINT, Ebb, OnWake, PASSWORD, VISIT, code, connect, until, value};
 use crate::raw;
 
 const SSL_REQUEST: u32 = 80_877_103;
@@ -291,4 +291,45 @@ async fn asking_twice_for_encryption_is_refused() {
     let mut rest = Vec::new();
     let _ = socket.read_to_end(&mut rest).await;
     assert!(!rest.starts_with(b"S"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_leads_to_a_visit_once_the_client_has_proved_who_it_is() {
+    let ebb = Ebb::asleep().await;
+    let visits = || ebb.world.visits.load(Ordering::SeqCst);
+    let mut config = ebb.config();
+    config.options("endpoint=prod--shop point=v1").password("wrong");
+    assert_eq!(code(&connect(&config).await.unwrap_err()), "28P01");
+    assert_eq!((visits(), ebb.wakes()), (0, 0), "nothing was named, nothing woken");
+
+    config.password(PASSWORD);
+    let visitor = connect(&config).await.unwrap();
+    assert_eq!(value(&visitor, "SELECT current_database()::text").await, "app");
+    assert_eq!((ebb.handle.sessions(VISIT).len(), ebb.handle.sessions(BRANCH).len()), (1, 0));
+    config.options("endpoint=prod--shop").dbname("app@v1");
+    let second = connect(&config).await.unwrap();
+    assert_eq!((ebb.handle.sessions(VISIT).len(), ebb.wakes()), (2, 1), "one visit for both");
+
+    config.options("endpoint=prod--shop point=v7").dbname("app");
+    let error = connect(&config).await.unwrap_err();
+    assert_eq!(code(&error), "3D000");
+    assert_eq!(error.as_db_error().and_then(|said| said.hint()), Some("Did you mean v1?"));
+
+    // It is not forgotten while someone is connected.
+    ebb.handle.forget(VISIT);
+    assert_eq!(ebb.handle.sessions(VISIT).len(), 2);
+    drop((visitor, second));
+    until("they are gone", || async { ebb.handle.sessions(VISIT).is_empty() }).await;
+    ebb.handle.forget(VISIT);
+    assert!(ebb.handle.activity(VISIT).idle_for.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_could_not_log_in_then_is_not_let_in() {
+    let ebb = Ebb::asleep().await;
+    ebb.world.nobody_then.store(true, Ordering::SeqCst);
+    let mut config = ebb.config();
+    config.options("endpoint=prod--shop point=v1");
+    assert_eq!(code(&connect(&config).await.unwrap_err()), "28000");
+    ebb.connect().await;
 }

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use ebb_proxy::{
     Awake, Blocked, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, ProxyHandle, SessionState, Unreplayable,
 };
-use ebb_types::{BranchId, EndpointName, SqlState};
+use ebb_types::{BranchId, EndpointName, Point, SqlState};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
@@ -23,6 +23,8 @@ use tokio_util::sync::CancellationToken;
 /// Far above what anything here takes; reached only when something hangs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const BRANCH: BranchId = BranchId::for_test(1);
+/// The moment `v1` of that branch.
+pub const VISIT: BranchId = BranchId::for_test(2);
 pub const ENDPOINT: &str = "prod--shop";
 pub const PASSWORD: &str = "secret";
 const BIN: &str = "/usr/lib/postgresql/15/bin";
@@ -51,6 +53,10 @@ pub struct World {
     pub wakes: AtomicUsize,
     waking: AtomicUsize,
     pub overlaps: AtomicUsize,
+    /// Calls of `visit`.
+    pub visits: AtomicUsize,
+    /// At the moment that is visited no role could log in.
+    pub nobody_then: AtomicBool,
 }
 
 impl World {
@@ -68,6 +74,8 @@ impl World {
             wakes: AtomicUsize::new(0),
             waking: AtomicUsize::new(0),
             overlaps: AtomicUsize::new(0),
+            visits: AtomicUsize::new(0),
+            nobody_then: AtomicBool::new(false),
         }
     }
 
@@ -145,8 +153,22 @@ impl Endpoints for World {
         Ok(self.verifier.lock().unwrap().clone().filter(|_| role == "app"))
     }
 
-    async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
+    async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError> {
         assert_eq!(branch, BRANCH);
+        self.visits.fetch_add(1, Ordering::SeqCst);
+        match point.to_string().as_str() {
+            "v1" => Ok(VISIT),
+            _ => Err(EndpointError {
+                sqlstate: SqlState::INVALID_CATALOG_NAME,
+                message: format!("branch \"prod\" has no checkpoint \"{point}\""),
+                detail: None,
+                hint: Some("Did you mean v1?".to_owned()),
+            }),
+        }
+    }
+
+    async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
+        assert!(branch == BRANCH || branch == VISIT);
         self.wakes.fetch_add(1, Ordering::SeqCst);
         if self.waking.fetch_add(1, Ordering::SeqCst) > 0 {
             self.overlaps.fetch_add(1, Ordering::SeqCst);
@@ -160,7 +182,9 @@ impl Endpoints for World {
                     self.start().await;
                     self.generation.fetch_add(1, Ordering::SeqCst);
                 }
-                Ok(Awake { generation: self.generation.load(Ordering::SeqCst), socket: self.socket() })
+                let roles = if self.nobody_then.load(Ordering::SeqCst) { None } else { Some("app".to_owned()) };
+                let admits = (branch == VISIT).then(|| Arc::new(roles.into_iter().collect()));
+                Ok(Awake { generation: self.generation.load(Ordering::SeqCst), socket: self.socket(), admits })
             }
             OnWake::Fail(error) => Err(error),
             OnWake::Hang => std::future::pending().await,

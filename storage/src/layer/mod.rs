@@ -31,6 +31,7 @@ mod lead;
 mod manifest;
 mod pack;
 mod partial;
+mod same;
 mod verify;
 
 pub use boot::boot_key;
@@ -41,6 +42,7 @@ pub use lazy::{Fetched, LazyLayers, Origin};
 pub(crate) use manifest::pages_of;
 pub(crate) use pack::{Packed, is_zero, pack, read_pages, wal_files_in};
 pub(crate) use partial::{Partial, is_partial, is_stale, share_lock};
+pub use same::{FilePages, same_files};
 pub(crate) use verify::{compare, manifest_in, verify};
 
 use ebb_types::{LayerId, Lsn};

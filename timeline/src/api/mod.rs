@@ -51,6 +51,7 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route(&of_branch("/compute/wake"), post(routes::wake_compute))
         .route(&of_branch("/export"), post(routes::export))
         .route("/v1/projects/{project}/releases", get(routes::list_releases).post(routes::create_release))
+        .route("/v1/projects/{project}/diff", get(routes::diff))
         .route("/v1/projects/{project}/rollback", post(routes::rollback))
         .route("/v1/projects/{project}/ledger", get(routes::list_ledger))
         .route("/v1/projects/{project}/ledger/verify", get(routes::verify_ledger))

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use ebb_types::OperationId;
+use ebb_types::{BranchName, ErrorKind, InvalidName, OperationId, Point};
 use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
 use super::call::{Act, Fault, Who};
 use super::types::*;
 use crate::Service;
-use crate::service::Answer;
+use crate::diff::Diff;
+use crate::service::{Answer, DiffRequest};
 
 pub(super) type Node = State<Arc<Service>>;
 pub(super) type Answered<T> = Result<(StatusCode, Json<T>), Fault>;
@@ -44,6 +45,7 @@ pub(super) fn done<T>(value: T) -> Answered<T> {
         change_branch,
         delete_branch,
         restore_branch,
+        diff,
         list_checkpoints,
         create_checkpoint,
         delete_checkpoint,
@@ -79,6 +81,22 @@ pub(super) struct Description;
 pub(super) struct Confirm {
     /// The project's name once more.
     confirm: Option<String>,
+}
+
+/// Query of `GET /v1/projects/{project}/diff`.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Compare {
+    /// The older side: `branch` or `branch@point`.
+    from: String,
+    /// The younger side.
+    to: String,
+    /// The database; `app` if none is named.
+    database: Option<String>,
+    /// Only this table: `name` or `schema.name`.
+    table: Option<String>,
+    /// How many rows of each kind are shown; 3 if nothing is said, 100 at most.
+    samples: Option<usize>,
 }
 
 /// Query of `GET /v1/objects/why`.
@@ -355,6 +373,25 @@ pub(super) async fn cut_over(State(service): Node, Path(import): Path<OperationI
 #[utoipa::path(get, path = "/v1/objects/why", params(Which), responses((status = 200, body = Why), (status = "default", body = Problem)))]
 pub(super) async fn why_object(State(service): Node, Query(query): Query<Which>) -> Answered<Why> {
     done(service.why(&query.object).await?)
+}
+
+/// Compares two points of a project: definitions, and rows by their primary keys.
+#[utoipa::path(get, path = "/v1/projects/{project}/diff", params(Compare), responses((status = 200, body = Diff), (status = "default", body = Problem)))]
+pub(super) async fn diff(
+    State(service): Node,
+    Path(project): Path<String>,
+    Query(query): Query<Compare>,
+) -> Answered<Diff> {
+    let Compare { from, to, database, table, samples } = query;
+    let request = DiffRequest { from: side(&from)?, to: side(&to)?, database, table, samples };
+    done(service.diff(&project, request).await?)
+}
+
+/// `branch` or `branch@point`.
+fn side(text: &str) -> Result<(BranchName, Point), Fault> {
+    let (branch, point) = text.split_once('@').unwrap_or((text, "head"));
+    let invalid = |why: InvalidName| Fault::new(ErrorKind::Invalid, why.to_string());
+    Ok((branch.parse().map_err(invalid)?, point.parse().map_err(invalid)?))
 }
 
 /// Runs one round of collection, or with `dry_run` only tells what it would do.

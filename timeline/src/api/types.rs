@@ -310,6 +310,26 @@ pub struct Compute {
     pub keeps_awake: Vec<String>,
     /// Wakes since the service started.
     pub wakes: u64,
+    /// Moments of the branch that are visited, each by a compute of its own; oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub visits: Vec<Visit>,
+}
+
+/// A moment that is open for reading, as long as somebody reads.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Visit {
+    /// Its identifier, which no branch has.
+    #[schema(value_type = String)]
+    pub id: BranchId,
+    /// The moment, as it was asked for first.
+    pub point: String,
+    /// Since when.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// `open`, or `named` while it is not yet.
+    pub state: String,
+    /// Client sessions.
+    pub sessions: Vec<SessionRow>,
 }
 
 /// Body of `POST …/releases`.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use ebb_compute::manager::{Recovery, Unit, Until};
 use ebb_storage::archive::{Archive, Range};
 use ebb_storage::pg_files::WalSegment;
-use ebb_storage::volume::Volume;
+use ebb_storage::volume::{Sealed, Volume};
 use ebb_types::{BranchId, LayerId, Lsn, Timestamp};
 
 use super::{LocalNode, Node as _, Start, blocking};
@@ -37,11 +37,7 @@ impl LocalNode {
         if self.manifest(replay.layer).await?.is_some() {
             return Ok(None);
         }
-        let sealed = self.recovered(replay, like).await?.stop(replay.layer).await?;
-        if !sealed.new {
-            return Err(Error::Lost("the image that was recovered"));
-        }
-        Ok(sealed.end)
+        Ok(seal_recovered(&self.recovered(replay, like).await?, replay.layer).await?.end)
     }
 
     /// A unit on the image of the moment, which nobody but the caller knows of.
@@ -63,18 +59,29 @@ impl LocalNode {
         self.discard(replay.scratch).await?;
         self.remove_branch(replay.scratch).await?;
         self.make_openable(replay.base).await?;
-        let dir = self.branch_dir(replay.scratch);
-        fs::create_dir_all(&dir).on("create", &dir)?;
-        self.make_volume(&like.data, replay.base, like.fork).await?;
+        let tail = self.tail_of(replay).await?;
+        self.recover_into(like, Some(&tail), until).await
+    }
+
+    /// The WAL that leads from a replay's seal to its moment.
+    pub(super) async fn tail_of(&self, replay: &Replay) -> Result<Tail> {
         let archive = Archive::new(self.bucket.clone(), replay.branch, replay.line);
         let from = self.end_of(replay.base, replay.base_end).await?;
         let to = end_in(&archive, replay, from).await?;
-        self.prepare_replay(replay.scratch, &Tail { archive, from, to }).await?;
+        Ok(Tail { archive, from, to })
+    }
+
+    /// Lets Postgres recover, in a directory of its own that has no volume yet.
+    pub(super) async fn recover_into(&self, like: &Start, tail: Option<&Tail>, until: Option<Until>) -> Result<Unit> {
+        let (scratch, dir) = (like.data.branch, self.branch_dir(like.data.branch));
+        fs::create_dir_all(&dir).on("create", &dir)?;
+        self.make_volume(&like.data, like.data.head, like.fork).await?;
+        self.prepare_replay(scratch, tail, "recovery.signal").await?;
 
         let mut spec = self.spec(like, self.installation(like.pg_major)?);
         // What comes of it begins a history of its own, which is archived when it is used.
         spec.archive = None;
-        spec.recovery = Some(recovery(&self.replay_dir(replay.scratch), until)?);
+        spec.recovery = Some(recovery(&self.replay_dir(scratch), until)?);
         Ok(Unit::start(&self.exe, &spec).await?)
     }
 
@@ -138,18 +145,23 @@ impl LocalNode {
         }
     }
 
-    /// Makes a volume recover at its next start, from its own WAL and then from the archive's.
-    pub(super) async fn prepare_replay(&self, branch: BranchId, tail: &Tail) -> Result<()> {
+    /// Makes a volume recover at its next start, from its own WAL and then from the archive's: as this file in it says.
+    pub(super) async fn prepare_replay(
+        &self,
+        branch: BranchId,
+        tail: Option<&Tail>,
+        signal: &'static str,
+    ) -> Result<()> {
         let dirs = self.dirs(branch);
         let (wal, dir) = (dirs.branch.join("wal"), self.replay_dir(branch));
         fs::create_dir(&dir).on("create", &dir)?;
         let image = blocking("preparing a recovery", move || {
             let volume = Volume::open(&dirs)?;
-            volume.put_file("recovery.signal", b"")?;
+            volume.put_file(signal, b"")?;
             Ok(volume.image_info())
         })
         .await?;
-        let Some((pg_timeline, to)) = tail.to else { return Ok(()) };
+        let Some((tail, (pg_timeline, to))) = tail.and_then(|tail| tail.to.map(|to| (tail, to))) else { return Ok(()) };
         let fetched = tail.archive.fetch(pg_timeline, tail.from, to, &dir).await?;
         if fetched.start > tail.from {
             return Err(missing(&tail.archive, pg_timeline, fetched.start));
@@ -162,6 +174,15 @@ impl LocalNode {
         })
         .await
     }
+}
+
+/// Shuts down what was recovered, and makes a layer of it.
+pub(super) async fn seal_recovered(unit: &Unit, layer: LayerId) -> Result<Sealed> {
+    let sealed = unit.stop(layer).await?;
+    if !sealed.new {
+        return Err(Error::Lost("the image that was recovered"));
+    }
+    Ok(sealed)
 }
 
 /// A piece of an archive that is to be replayed.
@@ -213,7 +234,7 @@ pub(super) fn recovery(dir: &Path, until: Option<Until>) -> Result<Recovery> {
         let of_file = name.to_str().and_then(|name| u32::from_str_radix(name.get(..8)?, 16).ok());
         pg_timeline = pg_timeline.max(of_file);
     }
-    Ok(Recovery { wal: PathBuf::from("pg_wal").join(WAL_DIR), pg_timeline, until })
+    Ok(Recovery { wal: PathBuf::from("pg_wal").join(WAL_DIR), pg_timeline, until, stay: false })
 }
 
 fn missing(archive: &Archive, pg_timeline: u32, to: Lsn) -> Error {

@@ -263,7 +263,8 @@ impl Service {
             (inner.compute.as_str().to_owned(), since, inner.keeps_awake.clone(), inner.wakes, running)
         };
         let unit = if running { self.node.status(id).await } else { None };
-        Ok(api::Compute { state, since, unit, sessions: self.clients.sessions(id), keeps_awake, wakes })
+        let (sessions, visits) = (self.clients.sessions(id), self.visit_views(id));
+        Ok(api::Compute { state, since, unit, sessions, keeps_awake, wakes, visits })
     }
 
     /// Suspends a branch's compute now. Suspending one that sleeps changes nothing.

@@ -253,6 +253,8 @@ impl Service {
             kept.layers.extend(reach::to_be(&state).into_iter().map(|root| root.layer));
             roots.extend(reach::roots(&state));
         }
+        // After the ledgers: a visit is named while its ledger still names what it stands on.
+        roots.extend(self.visited());
         let roots: BTreeSet<LayerId> = roots.into_iter().map(|root| root.layer).collect();
         for chain in self.chains(&roots).await?.values() {
             kept.layers.extend(chain.iter());

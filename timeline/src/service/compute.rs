@@ -1,5 +1,6 @@
 //! Computes of branches: one wake for any number of callers, suspending, and noticing that one is gone.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,18 +31,20 @@ pub struct AwakeUnit {
     pub generation: u64,
     /// The Unix socket of its Postgres.
     pub socket: PathBuf,
+    /// The only roles that may log in, where the verifiers that clients were held against are not its own.
+    pub admits: Option<Arc<BTreeSet<String>>>,
 }
 
 impl From<&Serving> for AwakeUnit {
     fn from(serving: &Serving) -> Self {
-        Self { generation: serving.generation, socket: serving.socket.clone() }
+        Self { generation: serving.generation, socket: serving.socket.clone(), admits: None }
     }
 }
 
 /// LIMIT: computes of one branch in one epoch: a wake a second for a hundred years.
 const GENERATIONS_BITS: u32 = 32;
 
-type SharedWake = Shared<BoxFuture<'static, Result<AwakeUnit, Arc<Error>>>>;
+pub(super) type SharedWake = Shared<BoxFuture<'static, Result<AwakeUnit, Arc<Error>>>>;
 
 /// One branch on this node.
 #[derive(Debug, Default)]
@@ -153,6 +156,9 @@ impl Service {
     /// # Cancel safety
     /// Safe: a wake once begun goes on.
     pub async fn wake(self: &Arc<Self>, branch: BranchId) -> Result<AwakeUnit> {
+        if let Some(visit) = self.named_visit(branch) {
+            return self.wake_visit(visit).await;
+        }
         let project = self.project_of(branch)?;
         let cell = project.cell(branch);
         let wake = {
@@ -531,7 +537,7 @@ impl Service {
                 }
             }
         }
-        let all = futures::future::join_all(suspensions);
+        let all = futures::future::join(futures::future::join_all(suspensions), self.end_visits());
         if tokio::time::timeout(deadline, all).await.is_err() {
             tracing::warn!("some computes did not stop in time; they go on until the next start finds them");
         }

@@ -1,6 +1,6 @@
 //! For tests: a machine in memory: volumes are sets of rows, layers are frozen ones. It outlives the services run on it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ebb_compute::control::{Durability, Status};
+use ebb_storage::layer::FilePages;
 use ebb_storage::object_store::{self, Bucket};
 use ebb_types::{BranchId, Clock, ErrorKind, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
@@ -20,7 +21,7 @@ use crate::decide::Found;
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
 use crate::node::drill::{Drills, Order};
-use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start};
+use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -31,6 +32,8 @@ pub struct World {
     pub uploaded: HashSet<LayerId>,
     pub volumes: HashMap<BranchId, FakeVolume>,
     pub starts: u64,
+    /// Visits, and the layers made for them alone.
+    pub visits: HashMap<BranchId, Option<LayerId>>,
     /// The next start fails.
     pub fail_start: bool,
     /// A migration of this name fails.
@@ -240,6 +243,57 @@ impl Node for FakeNode {
             running.cancel();
         }
         Ok(layer)
+    }
+
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
+        tokio::task::yield_now().await;
+        let (visit, mut head) = (start.data.branch, start.data.head);
+        self.leave(visit).await?;
+        if let Some(replay) = replay {
+            self.replay(replay, start).await?;
+            head = replay.layer;
+        }
+        self.bring(head).await?;
+        let mut world = self.0.lock();
+        if std::mem::take(&mut world.fail_start) {
+            return Err(ebb_compute::Error::Deadline("starting").into());
+        }
+        world.starts += 1;
+        world.visits.insert(visit, replay.map(|replay| replay.layer));
+        let rows = world.layers[&head].1.clone();
+        let volume = FakeVolume {
+            line: 0,
+            epoch: 0,
+            base: start.data.head,
+            rows,
+            dirty: false,
+            running: Some(CancellationToken::new()),
+        };
+        world.volumes.insert(visit, volume);
+        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
+        Ok(Visited { socket, roles, layer: head })
+    }
+
+    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
+        Ok(String::new())
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        self.discard(visit).await?;
+        let mut world = self.0.lock();
+        world.volumes.remove(&visit);
+        if let Some(Some(layer)) = world.visits.remove(&visit) {
+            world.layers.remove(&layer);
+        }
+        Ok(())
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        Ok(self.0.lock().visits.keys().copied().collect())
     }
 
     async fn discard(&self, branch: BranchId) -> Result<()> {
@@ -498,6 +552,7 @@ pub struct TestClients {
     pub pinned: AtomicBool,
     pub fenced: StdMutex<Vec<BranchId>>,
     pub lost: StdMutex<Vec<(BranchId, u64)>>,
+    pub forgotten: StdMutex<Vec<BranchId>>,
 }
 
 #[async_trait]
@@ -529,6 +584,10 @@ impl Clients for TestClients {
 
     fn release(&self, branch: BranchId) {
         self.fenced.lock().unwrap().retain(|fenced| *fenced != branch);
+    }
+
+    fn forget(&self, branch: BranchId) {
+        self.forgotten.lock().unwrap().push(branch);
     }
 
     fn lost(&self, branch: BranchId, generation: u64) {

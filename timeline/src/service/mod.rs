@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod diff;
 mod drills;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -33,6 +34,7 @@ mod tests;
 mod upkeep;
 mod uploads;
 mod views;
+mod visits;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
@@ -68,6 +70,7 @@ pub use collect::CollectPolicy;
 use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
+pub use diff::DiffRequest;
 pub use owners::Place;
 pub(crate) use views::seconds_to_ms;
 
@@ -164,6 +167,7 @@ pub struct Service {
     drilling: tokio::sync::Mutex<()>,
     /// Bytes of the files of images, which never change.
     image_sizes: Mutex<HashMap<LayerId, u64>>,
+    visits: visits::Visits,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// There may be operations that nobody carries out any more.
@@ -259,6 +263,7 @@ impl Service {
             imports: imports::Imports::default(),
             drilling: tokio::sync::Mutex::default(),
             image_sizes: Mutex::default(),
+            visits: visits::Visits::default(),
             changed: Notify::new(),
             left_behind: Notify::new(),
             layers_changed: Notify::new(),

@@ -73,6 +73,7 @@ impl Service {
                     self.look_at_others_forever(),
                     self.keep_up_forever(),
                     self.drill_forever(),
+                    self.leave_visits_forever(),
                 )
             } => {}
         }

@@ -180,6 +180,11 @@ impl Clients for Links {
         self.all().iter().for_each(|link| link.order(branch, What::Release, None));
     }
 
+    fn forget(&self, branch: BranchId) {
+        // What is forgotten is a visit, which has clients of this node alone.
+        self.own.forget(branch);
+    }
+
     fn lost(&self, branch: BranchId, generation: u64) {
         self.own.lost(branch, generation);
         self.all().iter().for_each(|link| link.order(branch, What::Lost { generation }, None));

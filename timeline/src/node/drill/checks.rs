@@ -43,7 +43,7 @@ impl Scratch {
     }
 
     async fn session(&self, role: &str, database: &str) -> Result<Session> {
-        let session = Session::open_as(&self.socket, role, database).await?;
+        let session = Session::open_as(&self.socket, role, database, "ebb drill").await?;
         let settings = format!("set statement_timeout = '{STATEMENT_TIMEOUT}'");
         session.client.batch_execute(&settings).await.map_err(lost)?;
         Ok(session)

@@ -108,6 +108,7 @@ impl Service {
             roots.extend(reach::roots(&state));
             named.extend(reach::to_be(&state));
         }
+        roots.extend(self.visited());
         let chains = self.chains(&roots.iter().map(|root| root.layer).collect::<BTreeSet<_>>()).await?;
         let above = roots
             .iter()
