@@ -123,7 +123,7 @@ fn listing(dir: &Path) -> String {
 
 #[test]
 fn a_crashed_data_directory_without_checksums_becomes_a_branch() {
-    let mut stock = shop("postgres", &[]);
+    let mut stock = shop("postgres", Stock::without_checksums());
     stock.psql("postgres", "shop", "create table late (n int); insert into late values (7)");
     stock.end("immediate");
     let node = Node::with_shop();
@@ -191,7 +191,7 @@ fn damaged_data_is_found_and_nothing_of_it_is_offered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_running_postgres_is_followed_until_it_is_cut_over_and_no_row_is_missing() {
-    let stock = shop("postgres", &["--data-checksums"]);
+    let stock = shop("postgres", Stock::without_checksums());
     let node = Node::start();
     let url = stock.url("postgres", "shop");
     let writer = Writer::start(url.clone()).await;
