@@ -32,7 +32,20 @@ fn unprivileged(program: &Path) -> Command {
     command
 }
 
+/// Major version of the programs that tests call.
+fn pg_major() -> u32 {
+    let out = Command::new(pg_bin().join("postgres")).arg("--version").output().expect("postgres can be started");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let number = text.split_whitespace().nth(2).and_then(|version| version.split('.').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("postgres has no version: {text}"))
+}
+
 impl Stock {
+    /// What initdb is told for pages without checksums: before 18 they have none unless asked for.
+    pub fn without_checksums() -> &'static [&'static str] {
+        if pg_major() >= 18 { &["--no-data-checksums"] } else { &[] }
+    }
+
     /// A new cluster, running, that lets its superuser in with password `s3cret` over TCP, also for replication.
     pub fn start(superuser: &str, initdb: &[&str]) -> Self {
         let mut stock = Self::empty(&pg_bin());

@@ -32,11 +32,19 @@ pub(super) fn run(to: &Session, args: ImportArgs) -> Result<(), Failure> {
     }
     if args.cut_over || args.cancel {
         let id = running(to, at)?.id;
-        let answer = match args.cut_over {
-            true => to.client.post(&format!("imports/{id}/cut-over"), &serde_json::json!({}), None)?,
-            false => to.client.delete(&format!("imports/{id}"))?,
+        if args.cut_over {
+            return watch(to, to.client.post(&format!("imports/{id}/cut-over"), &serde_json::json!({}), None)?);
+        }
+        let (answer, import) = until_over(to, to.client.delete(&format!("imports/{id}"))?)?;
+        // It may have come to its end before it heard.
+        return match import.state {
+            ImportState::Done => Err(Failure::new(ErrorKind::Conflict, "the import was done before it was cancelled")
+                .hint(format!("The branch can be deleted: ebb branch delete {}/{}.", import.project, import.branch))),
+            _ => {
+                to.done(&answer, || format!("cancelled the import of {}/{}", import.project, import.branch));
+                Ok(())
+            }
         };
-        return watch(to, answer);
     }
     let from = match (args.from, args.from_dir, args.from_dump) {
         (Some(url), _, _) => ImportOrigin::Server { url: with_password(url) },
@@ -86,6 +94,22 @@ fn read<T: serde::de::DeserializeOwned>(answer: &Value) -> Result<T, Failure> {
 
 /// Shows how far an import is until it is over, then what came of it.
 fn watch(to: &Session, answer: Value) -> Result<(), Failure> {
+    let (answer, import) = until_over(to, answer)?;
+    for note in &import.notes {
+        eprintln!("note: {note}");
+    }
+    if let Some(fault) = import.fault {
+        let failure = Failure::new(ErrorKind::Invalid, format!("the import failed: {fault}"));
+        return Err(Failure { hint: import.hint, ..failure });
+    }
+    to.show(&answer, |import: Import| {
+        let at = format!("{}/{}", import.project, import.branch);
+        facts([("imported", at.clone()), ("from", import.from), ("connect", format!("psql \"$(ebb url {at})\""))])
+    })
+}
+
+/// Shows how far an import is until it is over.
+fn until_over(to: &Session, answer: Value) -> Result<(Value, Import), Failure> {
     let mut answer = answer;
     let mut import = read::<Import>(&answer)?;
     let mut shown = Shown::new();
@@ -111,17 +135,7 @@ fn watch(to: &Session, answer: Value) -> Result<(), Failure> {
         }
     }
     shown.end();
-    for note in &import.notes {
-        eprintln!("note: {note}");
-    }
-    if let Some(fault) = import.fault {
-        let failure = Failure::new(ErrorKind::Invalid, format!("the import failed: {fault}"));
-        return Err(Failure { hint: import.hint.or(failure.hint.clone()), ..failure });
-    }
-    to.show(&answer, |import: Import| {
-        let at = format!("{}/{}", import.project, import.branch);
-        facts([("imported", at.clone()), ("from", import.from), ("connect", format!("psql \"$(ebb url {at})\""))])
-    })
+    Ok((answer, import))
 }
 
 /// What a phase is called.
@@ -143,6 +157,11 @@ fn phase(phase: Phase) -> &'static str {
 
 /// One line about an import, with rate and time left.
 fn line_about(import: &Import) -> String {
+    match (&import.fault, import.state) {
+        (Some(fault), _) => return format!("failed: {fault}"),
+        (None, ImportState::Done) => return "done".to_owned(),
+        _ => {}
+    }
     let mut parts = vec![phase(import.phase).to_owned()];
     let amount = |n: u64| match import.counted {
         Counted::Bytes => bytes(n),

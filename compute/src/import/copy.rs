@@ -4,6 +4,7 @@
 //! what Postgres makes anew at every start.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Metadata};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -221,8 +222,15 @@ fn running(source: &Path) -> Result<Option<i32>> {
     Ok((is_server && there.is_none_or(|(cwd, source)| cwd == source)).then_some(pid))
 }
 
-/// What changes when Postgres writes: the control file, and which WAL there is.
-fn signs_of_life(source: &Path) -> Result<(Vec<u8>, BTreeMap<std::ffi::OsString, (u64, i64, i64)>)> {
+/// What changes when Postgres writes.
+#[derive(Debug, PartialEq, Eq)]
+struct SignsOfLife {
+    control: Vec<u8>,
+    /// Names of WAL files, with length and time of the last change.
+    wal: BTreeMap<OsString, (u64, i64, i64)>,
+}
+
+fn signs_of_life(source: &Path) -> Result<SignsOfLife> {
     let control = source.join(PG_CONTROL);
     let wal = source.join("pg_wal");
     let mut segments = BTreeMap::new();
@@ -231,7 +239,7 @@ fn signs_of_life(source: &Path) -> Result<(Vec<u8>, BTreeMap<std::ffi::OsString,
         let meta = entry.metadata().on("look at", entry.path())?;
         segments.insert(entry.file_name(), (meta.len(), meta.mtime(), meta.mtime_nsec()));
     }
-    Ok((fs::read(&control).on("read", &control)?, segments))
+    Ok(SignsOfLife { control: fs::read(&control).on("read", &control)?, wal: segments })
 }
 
 fn make_dir(path: &Path, user: RunAs) -> Result<()> {

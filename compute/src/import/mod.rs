@@ -9,7 +9,7 @@
 //!
 //! **Invariants.** The source is only read; of a running one there is no trace when its connection ends. Nothing of the
 //! source's configuration is used. What comes out was shut down cleanly, has page checksums that fit, and no superuser
-//! that anybody but Ebb could be (decision 0014).
+//! that anybody but Ebb could be (decision 0016).
 //!
 //! **Crash.** Servers end with this process; [`Stage::clear`] removes the rest.
 //!

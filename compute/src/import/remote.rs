@@ -9,7 +9,7 @@
 //! ```
 //!
 //! **What is resumed.** WAL: where its connection breaks, another one goes on with the segment that was being written, as
-//! long as the source has it. A base backup is not: its connection broken, the import has failed and begins anew.
+//! long as the source has it. A base backup is not: where its connection breaks, it begins anew, a few times.
 //!
 //! **The source.** It is only read. The slot goes with its connection, so that nothing of an import that was killed holds
 //! back the source's WAL.
@@ -48,6 +48,9 @@ const REMOVED: &str = "58P01";
 /// How often it is looked whether a standby still runs.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
+/// LIMIT: a link that breaks off so often will go on doing so: a person must look.
+const TRIES_MAX: u32 = 3;
+
 /// LIMIT: WAL that is on the source's disk is sent at once; a link may be slow.
 const STALLED: Duration = Duration::from_secs(300);
 
@@ -66,44 +69,26 @@ pub(super) async fn take(
     cut_over: Option<&CancellationToken>,
     progress: &Progress,
 ) -> Result<()> {
-    progress.begin(Phase::Copying, Counted::Bytes, None);
     let failed = |error: wire::Error| source.failed(&error);
-    let mut connection = source.connect("ebb_import").await?;
-    let pg_major = connection.pg_major().ok_or_else(|| Error::import("the source does not tell its version"))?;
-    let segment_bytes = bytes_of(&connection.show("wal_segment_size").await.map_err(failed)?)?;
-    // WAL is kept from here on, and with it that of the backup, which begins later.
-    let mut for_wal = source.connect("ebb_import").await?;
-    let slot = slot();
-    for_wal.make_temporary_slot(&slot).await.map_err(failed)?;
-    let backup = Backup::begin(connection, pg_major).await.map_err(|failure| explain(source, failure))?;
-    progress.begin(Phase::Copying, Counted::Bytes, backup.total_bytes);
-    if let Some(bytes) = backup.total_bytes {
-        stage.check_room(bytes)?;
-    }
-    let pg_timeline = backup.pg_timeline;
-    if pg_timeline > 1 {
-        let mut asked = source.connect("ebb_import").await?;
-        let history = asked.history(pg_timeline).await.map_err(failed)?;
-        let path = stage.wal().join(format!("{pg_timeline:08X}.history"));
-        std::fs::write(&path, history).on("write", &path)?;
-    }
-    let (position, received) = watch::channel(Received::default());
-    let segments = Segments::new(&stage.wal(), pg_timeline, segment_bytes, backup.start);
-    let mut wal = Wal { source: source.clone(), connection: Some((for_wal, slot)), segments, pg_timeline, position };
-    // LIMIT: the link's speed; both end with this future.
-    let mut receiving = Receiving { received, task: None };
-    let (until, target) = watch::channel(None);
-    receiving.task = Some(tokio::spawn(async move { wal.receive(target).await }));
-
-    let data = stage.data();
-    let backed_up = tokio::select! {
-        backed_up = backup.receive(&data, progress) => backed_up.map_err(|failure| explain(source, failure))?,
-        // It ends before it is told to only if it fails.
-        ended = receiving.ended() => return Err(ended.err().unwrap_or(Error::Cancelled)),
+    let mut pause = Duration::from_secs(1);
+    let mut tries = 1;
+    let Copied { mut receiving, until, consistent, mut connection } = loop {
+        match back_up(source, stage, progress).await {
+            Ok(copied) => break copied,
+            // What did come, the files as well, is of no use: each backup is whole or none.
+            Err(Failure::Wire(error)) if tries < TRIES_MAX && may_pass(&error) && (tries > 1 || begun(stage)) => {
+                tracing::warn!(error = crate::error::chain(&error), tries, "a base backup broke off and begins anew");
+                progress.note("the connection to the source broke, and the base backup began anew");
+                sleep(pause).await;
+                (tries, pause) = (tries + 1, pause * 4);
+                let fresh = stage.clone();
+                super::blocking(move || fresh.make()).await?;
+            }
+            Err(failure) => return Err(explain(source, failure)),
+        }
     };
-    let (consistent, mut connection) = backed_up;
     verify(installation, stage).await?;
-    copy::leave_behind(&data)?;
+    copy::leave_behind(&stage.data())?;
 
     let standby = match cut_over {
         None => None,
@@ -134,6 +119,67 @@ pub(super) async fn take(
     }
     server.stop().await?;
     super::stage::remove_wal(&stage.wal())
+}
+
+/// Whether another connection may do better: this one broke, or its server is being stopped or started (class 57P).
+fn may_pass(error: &wire::Error) -> bool {
+    match error {
+        wire::Error::Io(_) | wire::Error::Deadline(_) => true,
+        wire::Error::Refused { code, .. } => code.starts_with("57P"),
+        _ => false,
+    }
+}
+
+/// Whether anything came: a source that could never be reached is told of at once.
+fn begun(stage: &Stage) -> bool {
+    stage.data().join("global").exists() || stage.data().join("base").exists()
+}
+
+/// A base backup, and what goes on receiving the WAL since.
+struct Copied {
+    receiving: Receiving,
+    /// Tells it where to stop.
+    until: watch::Sender<Option<Lsn>>,
+    /// From here on the files are consistent.
+    consistent: Lsn,
+    connection: Connection,
+}
+
+async fn back_up(source: &Source, stage: &Stage, progress: &Progress) -> Result<Copied, Failure> {
+    progress.begin(Phase::Copying, Counted::Bytes, None);
+    let mut connection = source.dial("ebb_import").await?;
+    let unknown = || Error::import("the source does not tell its version");
+    let pg_major = connection.pg_major().ok_or_else(unknown)?;
+    let segment_bytes = bytes_of(&connection.show("wal_segment_size").await?)?;
+    // WAL is kept from here on, and with it that of the backup, which begins later.
+    let (mut for_wal, slot) = (source.dial("ebb_import").await?, slot());
+    for_wal.make_temporary_slot(&slot).await?;
+    let backup = Backup::begin(connection, pg_major).await?;
+    progress.begin(Phase::Copying, Counted::Bytes, backup.total_bytes);
+    if let Some(bytes) = backup.total_bytes {
+        stage.check_room(bytes)?;
+    }
+    let pg_timeline = backup.pg_timeline;
+    if pg_timeline > 1 {
+        let history = source.dial("ebb_import").await?.history(pg_timeline).await?;
+        let path = stage.wal().join(format!("{pg_timeline:08X}.history"));
+        std::fs::write(&path, history).on("write", &path)?;
+    }
+    let (position, received) = watch::channel(Received::default());
+    let segments = Segments::new(&stage.wal(), pg_timeline, segment_bytes, backup.start);
+    let connection = Some((for_wal, slot));
+    let mut wal = Wal { source: source.clone(), connection, segments, pg_timeline, position };
+    let (until, target) = watch::channel(None);
+    // It ends with this future, or with whoever has it after.
+    let task = tokio::spawn(async move { wal.receive(target).await });
+    let mut receiving = Receiving { received, task: Some(task) };
+    let data = stage.data();
+    let (consistent, connection) = tokio::select! {
+        backed_up = backup.receive(&data, progress) => backed_up?,
+        // It ends before it is told to only if it fails.
+        ended = receiving.ended() => return Err(ended.err().unwrap_or(Error::Cancelled).into()),
+    };
+    Ok(Copied { receiving, until, consistent, connection })
 }
 
 /// Where the source's disk has WAL up to, commits that do not wait for it included.
@@ -315,7 +361,7 @@ impl Wal {
         let (connection, slot) = match self.connection.take() {
             Some(found) => found,
             None => {
-                let (mut connection, slot) = (self.source.connect("ebb_import").await.map_err(unreachable)?, slot());
+                let (mut connection, slot) = (self.source.dial("ebb_import").await?, slot());
                 connection.make_temporary_slot(&slot).await?;
                 (connection, slot)
             }
@@ -350,14 +396,6 @@ impl Wal {
                 },
             }
         }
-    }
-}
-
-/// A source that cannot be reached now may be later.
-fn unreachable(error: Error) -> Failure {
-    match error {
-        Error::Import { why, .. } => Failure::Wire(std::io::Error::other(why).into()),
-        error => Failure::Here(error),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Makes an imported cluster one of Ebb's: who may be what, who owns what, and what must not run.
 //!
-//! The rule, and why it is the safe one, is in decision 0014: no superuser of the source can log in or be become; what
+//! The rule, and why it is the safe one, is in decision 0016: no superuser of the source can log in or be become; what
 //! superusers owned is the owner role's; that role is a member of every other one; nothing runs by itself (I12).
 
 use std::fs;

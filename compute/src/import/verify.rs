@@ -16,6 +16,10 @@ const SHOWN: usize = 3;
 /// Looks at the checksum of every page; makes them, if the cluster has none. No server may run on the directory.
 pub(super) async fn pages(installation: &Installation, stage: &Stage, progress: &Progress) -> Result<()> {
     progress.begin(Phase::CheckingPages, Counted::Bytes, None);
+    if !installation.bin.join("pg_checksums").exists() {
+        progress.note("pg_checksums is not installed on this node: the checksums of pages were not looked at");
+        return Ok(());
+    }
     let (ended, findings) = pg_checksums(installation, stage, "--check", progress).await?;
     if ended.is_success() {
         return Ok(());

@@ -84,22 +84,24 @@ impl Source {
 
     /// Connects for replication.
     pub(crate) async fn connect(&self, application: &str) -> Result<Connection> {
-        let connected = async {
-            let login = Login { user: &self.user, password: self.password.as_deref(), application };
-            match &self.place {
-                Place::Tcp(host) => {
-                    let stream = timeout(CONNECT_DEADLINE, TcpStream::connect((host.as_str(), self.port))).await??;
-                    stream.set_nodelay(true)?;
-                    Connection::begin(stream, login).await
-                }
-                Place::Unix(dir) => {
-                    let socket = dir.join(format!(".s.PGSQL.{}", self.port));
-                    let stream = timeout(CONNECT_DEADLINE, UnixStream::connect(socket)).await??;
-                    Connection::begin(stream, login).await
-                }
+        self.dial(application).await.map_err(|error| self.failed(&error))
+    }
+
+    /// As [`Source::connect`], for who decides by what went wrong.
+    pub(crate) async fn dial(&self, application: &str) -> wire::Result<Connection> {
+        let login = Login { user: &self.user, password: self.password.as_deref(), application };
+        match &self.place {
+            Place::Tcp(host) => {
+                let stream = timeout(CONNECT_DEADLINE, TcpStream::connect((host.as_str(), self.port))).await??;
+                stream.set_nodelay(true)?;
+                Connection::begin(stream, login).await
             }
-        };
-        connected.await.map_err(|error| self.failed(&error))
+            Place::Unix(dir) => {
+                let socket = dir.join(format!(".s.PGSQL.{}", self.port));
+                let stream = timeout(CONNECT_DEADLINE, UnixStream::connect(socket)).await??;
+                Connection::begin(stream, login).await
+            }
+        }
     }
 
     /// Says what went wrong with this source, and what to do.

@@ -470,11 +470,14 @@ impl Node for FakeNode {
     }
 
     async fn import_settle(&self, job: &ImportJob) -> Result<()> {
-        match self.0.lock().fail_import {
+        let world = self.0.lock();
+        assert!(world.staged.contains(&job.scratch), "nothing was staged");
+        match world.fail_import {
             true => {
-                Err(ebb_compute::Error::Import { why: "damaged".to_owned(), hint: Some("Mend it.".to_owned()) }.into())
+                let (why, hint) = ("damaged".to_owned(), Some("Mend it.".to_owned()));
+                Err(Error::Import { why, hint })
             }
-            false => Ok(assert!(self.0.lock().staged.contains(&job.scratch), "nothing was staged")),
+            false => Ok(()),
         }
     }
 

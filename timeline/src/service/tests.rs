@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use ebb_storage::object_store::{Bucket, ObjectMeta, ObjectStore, Put};
-use ebb_types::{BranchId, ErrorKind};
+use ebb_types::{BranchId, ErrorKind, Hint as _};
 
 use super::fake::{Rig, Rows};
 use super::*;
@@ -561,10 +561,30 @@ enum Cut {
     Suspend,
     Export,
     Drill,
+    Import,
+    ImportProject,
+}
+
+/// Imports a directory, and waits for what comes of it.
+async fn import(service: &Arc<Service>, project: &str, branch: Option<&str>) -> Result<()> {
+    let request = api::StartImport {
+        project: project.parse().unwrap(),
+        branch: branch.map(|branch| branch.parse().unwrap()),
+        from: api::ImportOrigin::Directory { path: "/elsewhere".into() },
+        follow: false,
+        database: None,
+    };
+    let id = service.import(&caller(), request).await?.value.id;
+    wait_until(|| service.show_import(id).unwrap().state != api::ImportState::Running).await;
+    let ended = service.show_import(id).unwrap();
+    match ended.fault {
+        None => Ok(()),
+        Some(why) => Err(Error::Import { why, hint: ended.hint }),
+    }
 }
 
 async fn prepare(rig: &Rig, service: &Arc<Service>, cut: Cut) {
-    if matches!(cut, Cut::CreateProject) {
+    if matches!(cut, Cut::CreateProject | Cut::ImportProject) {
         return;
     }
     create(service).await.unwrap();
@@ -590,6 +610,8 @@ async fn prepare(rig: &Rig, service: &Arc<Service>, cut: Cut) {
 async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
     match cut {
         Cut::CreateProject => create(service).await.map(drop),
+        Cut::Import => import(service, "shop", Some("imported")).await,
+        Cut::ImportProject => import(service, "shop", None).await,
         Cut::DeleteProject => service.delete_project(&caller(), "shop", Some("shop")).await,
         Cut::CreateBranch => new_branch(service, "pr", "shop/prod").await.map(drop),
         Cut::DeleteBranch => service.delete_branch(&caller(), "shop", "pr").await,
@@ -609,6 +631,10 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
     }
 }
 
+fn imported_layers(rig: &Rig) -> usize {
+    rig.node.0.lock().layers.values().filter(|(_, rows)| rows.contains("imported")).count()
+}
+
 fn set(rows: &[&str]) -> Rows {
     rows.iter().map(|row| (*row).to_owned()).collect()
 }
@@ -624,6 +650,29 @@ async fn check(rig: &Rig, service: &Arc<Service>, cut: Cut) -> bool {
                 assert!(rig.node.0.lock().volumes.is_empty());
             }
             exists == matches!(cut, Cut::CreateProject)
+        }
+        Cut::Import => {
+            assert!(rig.node.0.lock().staged.is_empty(), "a stage was left");
+            let made = branch("imported").await;
+            match made {
+                true => assert_eq!(rows(rig, service, "imported").await, ["imported"]),
+                false => assert_eq!(imported_layers(rig), 0, "a layer was left"),
+            }
+            assert_eq!(rows(rig, service, "prod").await, ["1", "2"]);
+            made
+        }
+        Cut::ImportProject => {
+            assert!(rig.node.0.lock().staged.is_empty(), "a stage was left");
+            let exists = service.project_info("shop").await.is_ok();
+            assert_eq!(rig.bucket.list("secrets/", None).await.unwrap().len(), usize::from(exists));
+            match exists {
+                true => {
+                    assert_eq!(rows(rig, service, "prod").await, ["imported"]);
+                    assert_eq!(rows(rig, service, "dev").await, ["imported"]);
+                }
+                false => assert_eq!(imported_layers(rig), 0, "a layer was left"),
+            }
+            exists
         }
         Cut::CreateBranch => {
             let made = branch("pr").await;
@@ -748,6 +797,58 @@ cuts! {
     suspend_cut_at_every_record_is_done_or_undone Suspend
     export_cut_at_every_record_is_done_or_undone Export
     drill_cut_at_every_record_is_done_or_undone Drill
+    import_cut_at_every_record_is_done_or_undone Import
+    import_of_a_project_cut_at_every_record_is_done_or_undone ImportProject
+}
+
+#[tokio::test]
+async fn an_import_that_fails_says_why_and_leaves_nothing() {
+    let rig = Rig::new().await;
+    let service = rig.open().await;
+    create(&service).await.unwrap();
+    rig.node.0.lock().fail_import = true;
+    for (project, branch) in [("shop", Some("imported")), ("other", None)] {
+        let error = import(&service, project, branch).await.unwrap_err();
+        assert_eq!((error.chain().as_str(), error.hint().as_deref()), ("damaged", Some("Mend it.")));
+        assert!(rig.node.0.lock().staged.is_empty());
+        assert_settled(&rig, &service).await;
+    }
+    assert_eq!(service.branch("shop", "imported").await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(service.project_info("other").await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(import(&service, "shop", None).await.unwrap_err().kind(), ErrorKind::Invalid, "no branch was named");
+    rig.node.0.lock().fail_import = false;
+    import(&service, "shop", Some("imported")).await.unwrap();
+    assert_eq!(import(&service, "shop", Some("imported")).await.unwrap_err().kind(), ErrorKind::Conflict);
+}
+
+#[tokio::test]
+async fn while_an_import_is_under_way_it_can_be_watched_and_cancelled_and_its_project_stays() {
+    let rig = Rig::new().await;
+    let service = rig.open().await;
+    rig.node.0.lock().import_pauses = Some(Arc::default());
+    let request = api::StartImport {
+        project: "shop".parse().unwrap(),
+        branch: None,
+        from: api::ImportOrigin::Directory { path: "/elsewhere".into() },
+        follow: false,
+        database: None,
+    };
+    let begun = service.import(&caller(), request.clone()).await.unwrap().value;
+    wait_until(|| !rig.node.0.lock().staged.is_empty()).await;
+    // Nobody takes it for interrupted, or for a project that came to nothing.
+    service.recover().await;
+    assert_eq!(service.list_imports(), [service.show_import(begun.id).unwrap()]);
+    assert_eq!(service.project_info("shop").await.unwrap().branches.len(), 0);
+    assert_eq!(service.import(&caller(), request).await.unwrap_err().kind(), ErrorKind::Invalid);
+    let busy = service.delete_project(&caller(), "shop", Some("shop")).await.unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Conflict, "{}", busy.chain());
+    assert_eq!(service.cut_over(begun.id).unwrap_err().kind(), ErrorKind::Invalid, "it follows nothing");
+    service.cancel_import(begun.id).unwrap();
+    wait_until(|| service.show_import(begun.id).unwrap().state == api::ImportState::Failed).await;
+    assert_eq!(service.show_import(begun.id).unwrap().fault.as_deref(), Some("the import was cancelled"));
+    assert_eq!(service.cancel_import(begun.id).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(service.project_info("shop").await.unwrap_err().kind(), ErrorKind::NotFound);
+    assert_settled(&rig, &service).await;
 }
 
 #[tokio::test]
