@@ -327,6 +327,9 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         Ask::DeleteBranch { branch, rule } => {
             let (id, branch) = state.branch(branch)?;
             may_be_deleted(branch, fresh.now)?;
+            if rule.is_some() && !branch.is_untouched() {
+                return Err(Refusal::TooLate(format!("something was done on branch {:?} meanwhile", branch.name)));
+            }
             free(state, id)?;
             Ok(Plan::DeleteBranch { branch: id, rule: rule.clone() })
         }
@@ -343,7 +346,11 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::DeleteCheckpoint { branch, name, rule } => {
             let (id, branch) = state.branch(branch)?;
-            let name = branch.checkpoint(name)?.name.clone();
+            let checkpoint = branch.checkpoint(name)?;
+            if rule.is_some() && !checkpoint.automatic {
+                return Err(Refusal::TooLate(format!("checkpoint {name:?} is another one meanwhile")));
+            }
+            let name = checkpoint.name.clone();
             let needs = |release: &&Release| release.checkpoint == name && release.stage != ReleaseStage::RolledBack;
             if branch.name.as_str() == PROD
                 && let Some(release) = state.releases.iter().find(needs)
@@ -700,7 +707,11 @@ fn drill_events(state: &ProjectState, op: OperationId, drilled: &Drilled) -> Res
     };
     let (branch, point, report) = (*branch, point.clone(), drilled.report.clone());
     let found = match &drilled.fault {
-        None => Event::DrillPassed { branch, point, report, rows: drilled.rows.clone() },
+        None => {
+            // Only a checkpoint will be the same the next time.
+            let rows = matches!(point, Point::Checkpoint(_)).then(|| drilled.rows.clone()).unwrap_or_default();
+            Event::DrillPassed { branch, point, report, rows }
+        }
         Some(fault) => Event::DrillFailed { branch, point, report, fault: fault.clone() },
     };
     // Of a branch that was deleted meanwhile there is nothing more to say.
