@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use ebb_compute::control::Durability;
+use ebb_timeline::drill::Probe;
+use ebb_timeline::upkeep::Schedule;
 use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
 
 /// Where the API is unless told otherwise.
@@ -100,6 +102,23 @@ pub enum Command {
         #[command(flatten)]
         key: IdempotencyKey,
     },
+    /// Restore a point out of the bucket alone, beside everything else, and check it; nothing of the branch is touched
+    #[command(after_help = DRILL_HELP)]
+    Drill {
+        /// PROJECT/BRANCH[@POINT], a point being a checkpoint, a time or an LSN
+        from: PointRef,
+        /// Also ask this, besides what the branch's own probes ask; what follows the last = is the right answer
+        #[arg(long = "probe", value_name = "SQL=ANSWER")]
+        probes: Vec<Probe>,
+        #[command(flatten)]
+        key: IdempotencyKey,
+    },
+    /// List the newest drills of a branch
+    #[command(after_help = "Example:\n  ebb drills shop/prod --json")]
+    Drills {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
     /// Tell what keeps an object of the bucket, or which rule lets it go
     #[command(after_help = "\
 Examples:
@@ -123,6 +142,15 @@ Examples:
     #[command(after_help = FSCK_HELP)]
     Fsck(FsckArgs),
 }
+
+const DRILL_HELP: &str = "\
+Examples:
+  ebb drill shop/prod
+  ebb drill shop/prod@before-import --probe 'select count(*) from orders=42'
+  ebb branch set shop/prod --drill-every 1d
+
+It needs room for the whole database on the node's disk, and reads all of it from the bucket. It fails with exit code 1 if
+what the bucket has is damaged or not what it should be, and names the object; the drill is in the ledger either way.";
 
 const FSCK_HELP: &str = "\
 Examples:
@@ -316,8 +344,14 @@ Examples:
     },
     /// Change a branch's settings
     #[command(
-        after_help = "Example:\n  ebb branch set shop/prod --idle-suspend 30m --window 14d",
-        group = clap::ArgGroup::new("setting").required(true).multiple(true).args(["idle_suspend", "window", "durability"])
+        after_help = "\
+Examples:
+  ebb branch set shop/prod --idle-suspend 30m --window 14d
+  ebb branch set shop/prod --checkpoints hourly=24,daily=7,weekly=4 --drill-every 1d
+  ebb branch set shop/prod --probe 'select count(*) > 0 from orders=t'",
+        group = clap::ArgGroup::new("setting").required(true).multiple(true).args([
+            "idle_suspend", "window", "durability", "checkpoints", "drill_every", "probes", "no_probes",
+        ])
     )]
     Set {
         /// PROJECT/BRANCH
@@ -331,6 +365,18 @@ Examples:
         /// What a commit waits for: the disk of the node (local), or the bucket
         #[arg(long, value_name = "WHAT", value_parser = parse_durability)]
         durability: Option<Durability>,
+        /// How many automatic checkpoints are kept: hourly=24,daily=7,weekly=4, any part of it, or off
+        #[arg(long, value_name = "KEEP")]
+        checkpoints: Option<Schedule>,
+        /// How often it is drilled: 1d, 12h; or off
+        #[arg(long, value_name = "TIME", value_parser = parse_interval)]
+        drill_every: Option<Duration>,
+        /// What each of its drills asks, instead of what they asked until now; what follows the last = is the right answer
+        #[arg(long = "probe", value_name = "SQL=ANSWER")]
+        probes: Vec<Probe>,
+        /// Its drills ask nothing any more
+        #[arg(long, conflicts_with = "probes")]
+        no_probes: bool,
     },
     /// Delete a branch
     #[command(after_help = "Example:\n  ebb branch delete shop/pr-42")]
@@ -461,6 +507,11 @@ pub fn parse_durability(text: &str) -> Result<Durability, String> {
         "bucket" => Ok(Durability::Bucket),
         _ => Err("want local or bucket".to_owned()),
     }
+}
+
+/// Reads a length of time, or `off` as none.
+pub fn parse_interval(text: &str) -> Result<Duration, String> {
+    if text == "off" { Ok(Duration::ZERO) } else { parse_duration(text) }
 }
 
 /// Reads `30s`, `5m`, `1h 30m`, `14d`.

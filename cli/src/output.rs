@@ -67,9 +67,25 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// `45s`, `3m`, `5h`, `12d` for people: the largest unit that fits.
+pub fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86_400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ages() {
+        let shown: Vec<_> = [0, 59, 60, 3599, 3600, 86_399, 86_400, 10 * 86_400].into_iter().map(age).collect();
+        assert_eq!(shown, ["0s", "59s", "1m", "59m", "1h", "23h", "1d", "10d"]);
+    }
 
     #[test]
     fn columns_are_aligned() {

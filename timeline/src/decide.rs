@@ -7,11 +7,13 @@ use ebb_compute::control::Durability;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
+use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Event, Key, Left, Moment, Plan, Replay, Rescue, Step};
 use crate::machine::ReleaseStage;
 use crate::node::Sealed;
 use crate::state::{Branch, Operation, ProjectState, Release};
+use crate::upkeep::UpkeepChange;
 
 /// The branch that releases go to; it cannot be deleted.
 pub const PROD: &str = "prod";
@@ -53,18 +55,24 @@ pub enum Ask {
         window_ms: Option<u64>,
         /// What its commits wait for; `None`: as it is.
         durability: Option<Durability>,
+        /// What is done for it by itself.
+        upkeep: UpkeepChange,
     },
     /// A branch less.
     DeleteBranch {
         /// Which.
         branch: String,
+        /// The rule by which it goes, if nobody asked for it.
+        rule: Option<String>,
     },
     /// A name for the head.
     CreateCheckpoint {
         /// Of which branch.
         branch: String,
-        /// The name.
+        /// The name; taken ones are refused.
         name: CheckpointName,
+        /// Whether a schedule asks for it.
+        automatic: bool,
     },
     /// A name less.
     DeleteCheckpoint {
@@ -72,6 +80,17 @@ pub enum Ask {
         branch: String,
         /// The name.
         name: String,
+        /// The rule by which it goes, if nobody asked for it.
+        rule: Option<String>,
+    },
+    /// A point restored out of the bucket alone, and checked.
+    Drill {
+        /// Of which branch.
+        branch: String,
+        /// The point.
+        point: Point,
+        /// What is asked besides what the branch's policy says.
+        probes: Vec<Probe>,
     },
     /// A branch set to one of its checkpoints.
     Restore {
@@ -183,6 +202,13 @@ pub enum Command {
         /// What came of it.
         found: Found,
     },
+    /// A drill is over.
+    Drilled {
+        /// Which operation.
+        op: OperationId,
+        /// What came of it.
+        drilled: Drilled,
+    },
     /// Give an operation up.
     Undo {
         /// Which.
@@ -226,6 +252,7 @@ pub fn decide(state: &ProjectState, command: &Command) -> Result<Vec<Event>, Ref
             }
             Ok(step_events(state, operation, *step, *found))
         }
+        Command::Drilled { op, drilled } => drill_events(state, *op, drilled),
         Command::Undo { op, why } => {
             let operation = running(state, *op)?;
             if operation.phase != crate::machine::Phase::Begun {
@@ -271,7 +298,10 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
             Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, .. } => {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, .. } => {
+            if let Some(fault) = upkeep.fault() {
+                return Err(Refusal::Invalid(fault));
+            }
             if idle_suspend_ms.is_some_and(|ms| !(IDLE_SUSPEND_MIN_MS..=IDLE_SUSPEND_MAX_MS).contains(&ms)) {
                 let fault = "idle_suspend_seconds must be at least 0.1 and at most a year";
                 return Err(Refusal::Invalid(fault.to_owned()));
@@ -281,13 +311,13 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             }
             Ok(Plan::ChangeBranch { branch: state.branch(branch)?.0 })
         }
-        Ask::DeleteBranch { branch } => {
+        Ask::DeleteBranch { branch, rule } => {
             let (id, branch) = state.branch(branch)?;
             may_be_deleted(branch, fresh.now)?;
             free(state, id)?;
-            Ok(Plan::DeleteBranch { branch: id })
+            Ok(Plan::DeleteBranch { branch: id, rule: rule.clone() })
         }
-        Ask::CreateCheckpoint { branch, name } => {
+        Ask::CreateCheckpoint { branch, name, automatic } => {
             let (id, branch) = state.branch(branch)?;
             if name.as_str() == "head" {
                 return Err(Refusal::Invalid("\"head\" always means where a branch is now".to_owned()));
@@ -296,9 +326,9 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
                 return Err(Refusal::Taken { kind: "checkpoint", name: name.to_string() });
             }
             free(state, id)?;
-            Ok(Plan::CreateCheckpoint { branch: id, name: name.clone(), seal })
+            Ok(Plan::CreateCheckpoint { branch: id, name: name.clone(), seal, automatic: *automatic })
         }
-        Ask::DeleteCheckpoint { branch, name } => {
+        Ask::DeleteCheckpoint { branch, name, rule } => {
             let (id, branch) = state.branch(branch)?;
             let name = branch.checkpoint(name)?.name.clone();
             let needs = |release: &&Release| release.checkpoint == name && release.stage != ReleaseStage::RolledBack;
@@ -308,7 +338,7 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
                 return Err(Refusal::CheckpointKept { checkpoint: name, release: release.name.clone() });
             }
             free(state, id)?;
-            Ok(Plan::DeleteCheckpoint { branch: id, name })
+            Ok(Plan::DeleteCheckpoint { branch: id, name, rule: rule.clone() })
         }
         Ask::Restore { branch, to } => {
             let (id, branch) = state.branch(branch)?;
@@ -347,6 +377,16 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let point = Some(point).filter(|point| **point != Point::Head).cloned();
             free(state, id)?;
             Ok(Plan::Export { branch: id, point, layer, replay, seal, dir: dir.clone() })
+        }
+        Ask::Drill { branch, point, probes } => {
+            let (id, branch) = state.branch(branch)?;
+            if let Some(fault) = probes.iter().find_map(Probe::fault) {
+                return Err(Refusal::Invalid(fault));
+            }
+            let (layer, replay) = image_at(id, branch, point, fresh)?;
+            let layer = layer.or((*point == Point::Head).then_some(branch.head));
+            let (point, scratch, probes) = (point.clone(), fresh.scratch, probes.clone());
+            Ok(Plan::Drill { branch: id, point, layer, replay, scratch, probes })
         }
         Ask::ShowUrl { branch } => Ok(Plan::ShowUrl { branch: state.branch(branch)?.0 }),
     }
@@ -520,11 +560,12 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 rescue_until: None,
             })
         }
-        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, .. }) => {
+        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, .. }) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            events.push(Event::BranchChanged { branch: *branch, idle_suspend_ms, window_ms, durability });
+            let (branch, upkeep) = (*branch, upkeep.clone());
+            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep });
         }
-        (Plan::DeleteCheckpoint { branch, name }, _) => {
+        (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });
         }
         (Plan::Release { release, name, artifact, checkpoint, .. }, Ask::Release { migrations, .. }) => {
@@ -565,14 +606,14 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
                 events.push(Event::BranchCreated { branch, name, head, end, parent, rescue_until: None });
             }
         }
-        (Plan::CreateCheckpoint { branch, name, .. }, Step::Record, Some(layer)) => {
-            events.push(checkpoint_created(*branch, name, layer, found));
+        (Plan::CreateCheckpoint { branch, name, automatic, .. }, Step::Record, Some(layer)) => {
+            events.push(checkpoint_created(*branch, name, layer, found, *automatic));
         }
         (Plan::Release { branch, checkpoint, .. }, Step::Checkpoint, Some(layer)) => {
-            events.push(checkpoint_created(*branch, checkpoint, layer, found));
+            events.push(checkpoint_created(*branch, checkpoint, layer, found, false));
         }
         (Plan::Release { release, .. }, Step::Switch, _) => events.push(Event::ReleaseDeployed { release: *release }),
-        (Plan::DeleteBranch { branch }, Step::Switch, _) => {
+        (Plan::DeleteBranch { branch, .. }, Step::Switch, _) => {
             // What the volume held is not wanted any more: no seal, no new head.
             events.clear();
             events.push(Event::BranchDeleted { branch: *branch });
@@ -595,8 +636,23 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
     events
 }
 
-fn checkpoint_created(branch: BranchId, name: &CheckpointName, layer: LayerId, found: Found) -> Event {
-    Event::CheckpointCreated { branch, name: name.clone(), layer, lsn: found.lsn, next_xid: found.next_xid }
+fn checkpoint_created(branch: BranchId, name: &CheckpointName, layer: LayerId, found: Found, automatic: bool) -> Event {
+    Event::CheckpointCreated { branch, name: name.clone(), layer, lsn: found.lsn, next_xid: found.next_xid, automatic }
+}
+
+/// The entry that ends a drill. A failed one is as complete as one that passed.
+fn drill_events(state: &ProjectState, op: OperationId, drilled: &Drilled) -> Result<Vec<Event>, Refusal> {
+    let Plan::Drill { branch, point, .. } = &running(state, op)?.plan else {
+        return Err(Refusal::TooLate(format!("operation {op} is no drill")));
+    };
+    let (branch, point, report) = (*branch, point.clone(), drilled.report.clone());
+    let found = match &drilled.fault {
+        None => Event::DrillPassed { branch, point, report, rows: drilled.rows.clone() },
+        Some(fault) => Event::DrillFailed { branch, point, report, fault: fault.clone() },
+    };
+    // Of a branch that was deleted meanwhile there is nothing more to say.
+    let found = state.branches.contains_key(&branch).then_some(found);
+    Ok(found.into_iter().chain([Event::StepDone { step: Step::Verify, end: None }, Event::OperationDone]).collect())
 }
 
 /// A new head, if the layer is one.

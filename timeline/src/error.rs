@@ -245,6 +245,19 @@ pub enum Error {
     /// Storage failed.
     #[error("storage failed")]
     Storage(#[from] ebb_storage::Error),
+    /// What was restored is not what it should be.
+    #[error("{0}")]
+    Damaged(String),
+    /// A point could not be restored out of the bucket, or is not what it should be. It is recorded.
+    #[error("the drill of {point} failed: {fault}")]
+    Drill {
+        /// The point: `shop/prod@before-import`.
+        point: String,
+        /// What is wrong.
+        fault: String,
+        /// What kind of fault it is.
+        kind: ErrorKind,
+    },
     /// A compute failed.
     #[error("the compute failed")]
     Compute(#[from] ebb_compute::Error),
@@ -280,7 +293,8 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Refused(refusal) => refusal.kind(),
-            Error::Ledger { .. } => ErrorKind::Corrupt,
+            Error::Ledger { .. } | Error::Damaged(_) => ErrorKind::Corrupt,
+            Error::Drill { kind, .. } => *kind,
             Error::Migration { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
             Error::DiskFull { .. } | Error::Deadline(_) | Error::Stopping | Error::Postgres(_) => {
@@ -341,6 +355,11 @@ impl Hint for Error {
             Error::Unfinished { .. } => {
                 Some("It is recorded and will be finished by itself as soon as the cause is gone.".to_owned())
             }
+            Error::Drill { kind: ErrorKind::Corrupt, .. } => Some(
+                "Nothing that is in use was touched. `ebb fsck --bucket` tells what else is damaged; take a new checkpoint \
+                 while the branch is well, and drill that."
+                    .to_owned(),
+            ),
             Error::Secret { .. } => {
                 Some("Copy secret.key from the node that made the project, or set a new password.".to_owned())
             }

@@ -11,6 +11,8 @@ use ebb_types::{
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
+use crate::drill::{Fault, Probe, Report, TableRows};
+use crate::upkeep::UpkeepChange;
 
 /// One thing that happened in a project.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -62,6 +64,9 @@ pub enum Event {
         /// What its commits wait for, if that is new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         durability: Option<Durability>,
+        /// What is new of what is done for it by itself.
+        #[serde(default, skip_serializing_if = "UpkeepChange::is_empty")]
+        upkeep: UpkeepChange,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {
@@ -107,6 +112,9 @@ pub enum Event {
         /// The transaction number that was next, where known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         next_xid: Option<u64>,
+        /// Whether a schedule made it: then a schedule may delete it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        automatic: bool,
     },
     /// The name is gone.
     CheckpointDeleted {
@@ -147,6 +155,29 @@ pub enum Event {
         /// What was taken back.
         releases: Vec<ReleaseId>,
     },
+    /// A point was restored out of the bucket alone, and is what it should be.
+    DrillPassed {
+        /// On which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// What was measured.
+        report: Report,
+        /// For a checkpoint's first: what the next ones are compared with.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rows: Vec<TableRows>,
+    },
+    /// A point could not be restored out of the bucket alone, or is not what it should be.
+    DrillFailed {
+        /// On which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// What was measured until then.
+        report: Report,
+        /// What is wrong.
+        fault: Fault,
+    },
     /// An act was accepted. Every other event of the act comes after this one, under the same operation id.
     OperationBegun {
         /// All that it takes to carry it out, or to give it up.
@@ -170,6 +201,10 @@ pub enum Event {
         /// Why.
         why: String,
     },
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A caller's idempotency key.
@@ -288,6 +323,9 @@ pub enum Plan {
     DeleteBranch {
         /// Which.
         branch: BranchId,
+        /// The rule by which it goes, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rule: Option<String>,
     },
     /// Name the head.
     CreateCheckpoint {
@@ -297,6 +335,9 @@ pub enum Plan {
         name: CheckpointName,
         /// What a seal of the branch makes.
         seal: LayerId,
+        /// Whether a schedule asks for it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        automatic: bool,
     },
     /// Take a name away.
     DeleteCheckpoint {
@@ -304,6 +345,9 @@ pub enum Plan {
         branch: BranchId,
         /// The name.
         name: CheckpointName,
+        /// The rule by which it goes, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rule: Option<String>,
     },
     /// Set a branch to a point of its history.
     Restore {
@@ -387,6 +431,23 @@ pub enum Plan {
         /// Where to.
         dir: PathBuf,
     },
+    /// Restore a point out of the bucket alone, beside everything else, and check it.
+    Drill {
+        /// Which branch.
+        branch: BranchId,
+        /// The point.
+        point: Point,
+        /// The layer that it is, or that was the head when it began: kept meanwhile.
+        layer: Option<LayerId>,
+        /// For a moment between seals: how its image comes about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replay: Option<Replay>,
+        /// Names the directory in which it happens.
+        scratch: BranchId,
+        /// What is asked besides what the branch's policy says.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        probes: Vec<Probe>,
+    },
     /// Show a connection URL with its password.
     ShowUrl {
         /// Of which branch.
@@ -416,6 +477,8 @@ pub enum Step {
     Write,
     /// Start the compute.
     Start,
+    /// Restore beside everything else, check, and clean up.
+    Verify,
 }
 
 impl Plan {
@@ -432,6 +495,7 @@ impl Plan {
     /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
     /// | export | `Replay`, for a moment between seals. `Write` | the directory is removed |
     /// | wake | `Start` | nothing to do |
+    /// | drill | `Verify`: what it finds is recorded, passed or failed | what was restored is removed |
     ///
     /// \* the point of no return: after it there is only forward.
     pub fn steps(&self) -> &'static [Step] {
@@ -448,6 +512,7 @@ impl Plan {
             Plan::Rollback { .. } => &[Step::Switch, Step::Code, Step::Sweep],
             Plan::Export { .. } => &[Step::Write],
             Plan::Wake { .. } => &[Step::Start],
+            Plan::Drill { .. } => &[Step::Verify],
             Plan::CreateProject { .. }
             | Plan::DeleteProject { .. }
             | Plan::ChangeBranch { .. }
@@ -459,10 +524,10 @@ impl Plan {
     /// The branch that no other operation may touch while this one is under way.
     pub fn holds(&self) -> Option<BranchId> {
         match self {
-            // Replaying takes a while, and touches nothing of the source.
-            Plan::CreateBranch { replay: Some(_), .. } => None,
+            // Replaying takes a while, and touches nothing of the source; so does a drill.
+            Plan::CreateBranch { replay: Some(_), .. } | Plan::Drill { .. } => None,
             Plan::CreateBranch { source: branch, .. }
-            | Plan::DeleteBranch { branch }
+            | Plan::DeleteBranch { branch, .. }
             | Plan::CreateCheckpoint { branch, .. }
             | Plan::Restore { branch, .. }
             | Plan::Release { branch, .. }
@@ -494,6 +559,7 @@ impl Plan {
             | Plan::DeleteBranch { .. }
             | Plan::DeleteCheckpoint { .. }
             | Plan::Wake { .. }
+            | Plan::Drill { .. }
             | Plan::ShowUrl { .. } => None,
         }
     }
@@ -501,9 +567,10 @@ impl Plan {
     /// How the image that it needs comes about, if that is none of a seal's.
     pub fn replay(&self) -> Option<&Replay> {
         match self {
-            Plan::CreateBranch { replay, .. } | Plan::Restore { replay, .. } | Plan::Export { replay, .. } => {
-                replay.as_ref()
-            }
+            Plan::CreateBranch { replay, .. }
+            | Plan::Restore { replay, .. }
+            | Plan::Export { replay, .. }
+            | Plan::Drill { replay, .. } => replay.as_ref(),
             _ => None,
         }
     }
@@ -524,6 +591,7 @@ impl Plan {
             Plan::Suspend { .. } => "suspend",
             Plan::Wake { .. } => "wake",
             Plan::Export { .. } => "export",
+            Plan::Drill { .. } => "drill",
             Plan::ShowUrl { .. } => "show url",
         }
     }

@@ -575,6 +575,7 @@ async fn unknown_here(
 fn leftovers(data: &Path, findings: &mut Vec<Finding>) -> Result<()> {
     for (name, what) in [
         ("tmp", "it is left of a template that was being made"),
+        ("drills", "it is left of a drill that was interrupted"),
         ("node.json", "it tells of a server that was killed"),
         ("node.json.part", "it was never finished"),
         ("secret.key.new", "it was never finished"),

@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod clients;
 pub mod collect;
 pub mod decide;
+pub mod drill;
 pub mod error;
 pub mod event;
 mod files;
@@ -21,6 +22,7 @@ pub mod service;
 pub mod state;
 #[cfg(test)]
 mod test_postgres;
+pub mod upkeep;
 
 pub use error::{Error, Refusal, Result};
 pub use node::LayerPolicy;

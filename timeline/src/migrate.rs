@@ -84,8 +84,8 @@ pub async fn run(socket: &Path, release: &str, migrations: &[Migration]) -> Resu
 }
 
 /// A connection and the task that drives it.
-struct Session {
-    client: Client,
+pub(crate) struct Session {
+    pub(crate) client: Client,
     driver: tokio::task::JoinHandle<()>,
 }
 
@@ -97,10 +97,16 @@ impl Drop for Session {
 
 impl Session {
     async fn open(socket: &Path) -> Result<Self> {
-        tokio::time::timeout(CONNECT_MAX, Self::connect(socket)).await.map_err(|_| Error::Deadline("connecting"))?
+        Self::open_as(socket, OWNER, DATABASE).await
     }
 
-    async fn connect(socket: &Path) -> Result<Self> {
+    /// Connects as any role to any database; the socket is trusted.
+    pub(crate) async fn open_as(socket: &Path, role: &str, database: &str) -> Result<Self> {
+        let connected = tokio::time::timeout(CONNECT_MAX, Self::connect(socket, role, database));
+        connected.await.map_err(|_| Error::Deadline("connecting"))?
+    }
+
+    async fn connect(socket: &Path, role: &str, database: &str) -> Result<Self> {
         // LIMIT: `sun_path` holds 108 bytes, and data directories may be deep: go by way of an open directory.
         let (dir, name) = match (socket.parent(), socket.file_name()) {
             (Some(dir), Some(name)) => (dir, name),
@@ -111,7 +117,7 @@ impl Session {
         let short = Path::new("/proc/self/fd").join(std::os::fd::AsRawFd::as_raw_fd(&dir).to_string()).join(name);
         let stream = tokio::net::UnixStream::connect(short).await.map_err(local)?;
         let mut config = tokio_postgres::Config::new();
-        config.user(OWNER).dbname(DATABASE).application_name("ebb release");
+        config.user(role).dbname(database).application_name("ebb");
         let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(lost)?;
         let driver = tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -169,7 +175,7 @@ impl Session {
 }
 
 /// A failure that is not the migration's own.
-fn lost(error: tokio_postgres::Error) -> Error {
+pub(crate) fn lost(error: tokio_postgres::Error) -> Error {
     Error::Postgres(what_postgres_said(&error, ""))
 }
 

@@ -32,6 +32,7 @@ use crate::error::LocalContext as _;
 use crate::event::Replay;
 use crate::{Error, Refusal, Result, files, migrate};
 
+pub mod drill;
 mod pending;
 mod replay;
 
@@ -72,7 +73,7 @@ pub struct Start {
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
 #[async_trait]
-pub trait Node: Debug + Send + Sync + 'static {
+pub trait Node: drill::Drills + Debug + Send + Sync + 'static {
     /// The newest installed major version of Postgres, or the wanted one if it is installed.
     fn pg_major(&self, wanted: Option<u32>) -> Result<u32>;
 

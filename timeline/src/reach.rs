@@ -138,7 +138,7 @@ pub fn roots(state: &ProjectState) -> Vec<Root> {
         let layer = match &open.plan {
             plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
             Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
-            Plan::CreateBranch { layer, .. } | Plan::Export { layer, .. } => *layer,
+            Plan::CreateBranch { layer, .. } | Plan::Export { layer, .. } | Plan::Drill { layer, .. } => *layer,
             _ => None,
         };
         let keeper = Keeper::Operation { project: facts.name.clone(), operation, act: open.plan.act() };
@@ -160,6 +160,7 @@ pub fn oldest_lines(state: &ProjectState) -> Vec<(BranchId, u64)> {
 pub fn to_be(state: &ProjectState) -> Vec<Root> {
     let Ok(facts) = state.facts() else { return Vec::new() };
     let open = state.operations.iter().map(|(&operation, open)| {
+        // What a drill replays ends in no layer; naming one that never is does no harm.
         let layers = open.plan.seals().into_iter().chain(open.plan.replay().map(|replay| replay.layer));
         let keeper = Keeper::Operation { project: facts.name.clone(), operation, act: open.plan.act() };
         layers.map(move |layer| Root { layer, keeper: keeper.clone(), owner: None })

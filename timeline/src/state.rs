@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use ebb_compute::control::Durability;
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, ProjectId, ProjectName, ReleaseId, Timestamp,
-    nearest,
+    BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ProjectId, ProjectName, ReleaseId,
+    Timestamp, nearest,
 };
 
 use crate::api::types::Parent;
+use crate::drill::{Fault, Record, Report, SharedRecord, TableRows};
 use crate::error::Refusal;
 use crate::event::{Event, Key, Plan, Step};
 use crate::history::{History, Seal};
 use crate::ledger::{Entry, Fold};
 use crate::machine::{Phase, PhaseEvent, ReleaseEvent, ReleaseStage};
+use crate::upkeep::Upkeep;
 
 /// LIMIT: idempotency keys remembered per project. A caller that retries does so within minutes; a thousand acts later
 /// a key may be used anew.
@@ -24,6 +26,9 @@ const KEYS_MAX: usize = 1024;
 /// LIMIT: how long a branch's past can be gone back to, unless it has a window of its own: as long as a rescue branch is
 /// kept, for the same reason.
 pub const WINDOW_DEFAULT_MS: u64 = 7 * 24 * 3600 * 1000;
+
+/// LIMIT: drills remembered per branch, besides the last one of each checkpoint; all of them are in the ledger.
+const DRILLS_MAX: usize = 32;
 
 /// A project as its ledger tells it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -93,6 +98,10 @@ pub struct Branch {
     pub durability: Durability,
     /// The seals within the window.
     pub history: History,
+    /// What is done for it by itself.
+    pub upkeep: Upkeep,
+    /// Its newest drills, oldest first.
+    pub drills: VecDeque<SharedRecord>,
 }
 
 /// A checkpoint.
@@ -108,6 +117,12 @@ pub struct Checkpoint {
     pub lsn: Option<Lsn>,
     /// The transaction number that was next, where known.
     pub next_xid: Option<u64>,
+    /// Whether a schedule made it.
+    pub automatic: bool,
+    /// Its last drill.
+    pub last_drill: Option<SharedRecord>,
+    /// Rows of a sample of its tables, as its first drill that passed has counted them.
+    pub rows: Option<Arc<[TableRows]>>,
 }
 
 /// A release.
@@ -168,6 +183,11 @@ impl Branch {
     /// Whether what it wakes on is another branch's image, whose subscriptions and replication slots are not its own.
     pub fn is_fork(&self) -> bool {
         self.parent.is_some() && !self.has_sealed
+    }
+
+    /// Whether nothing was done on it since it was made.
+    pub fn is_untouched(&self) -> bool {
+        !self.has_sealed && self.line == 0 && self.checkpoints.is_empty()
     }
 
     /// How long its past can be gone back to.
@@ -303,7 +323,7 @@ impl ProjectState {
         let of_operations = self.operations.values().filter_map(|operation| match &operation.plan {
             plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
             Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
-            Plan::Export { layer, .. } => *layer,
+            Plan::Export { layer, .. } | Plan::Drill { layer, .. } => *layer,
             _ => None,
         });
         of_branches.chain(of_operations).collect()
@@ -361,14 +381,17 @@ impl ProjectState {
                     window_ms: None,
                     durability: Durability::default(),
                     history,
+                    upkeep: Upkeep::default(),
+                    drills: VecDeque::new(),
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability } => {
+            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
                 branch.window_ms = window_ms.or(branch.window_ms);
                 branch.durability = durability.unwrap_or(branch.durability);
+                branch.upkeep.change(upkeep);
                 branch.forget(entry.time);
             }
             Event::BranchSealed { branch, layer, end } => {
@@ -393,7 +416,7 @@ impl ProjectState {
                 self.rescues.remove(branch);
                 self.deleted_branches.insert(*branch);
             }
-            Event::CheckpointCreated { branch, name, layer, lsn, next_xid } => {
+            Event::CheckpointCreated { branch, name, layer, lsn, next_xid, automatic } => {
                 let branch = self.branch_mut(*branch)?;
                 if branch.checkpoints.iter().any(|other| other.name == *name) {
                     return Err(format!("checkpoint {name:?} exists already"));
@@ -404,6 +427,9 @@ impl ProjectState {
                     created_at: entry.time,
                     lsn: *lsn,
                     next_xid: *next_xid,
+                    automatic: *automatic,
+                    last_drill: None,
+                    rows: None,
                 });
             }
             Event::CheckpointDeleted { branch, name } => {
@@ -442,6 +468,12 @@ impl ProjectState {
                 }
                 self.code = Some(self.release_mut(*to)?.id);
             }
+            Event::DrillPassed { branch, report, rows, .. } => {
+                self.drilled(entry, *branch, Drilled { report, rows, fault: None })?;
+            }
+            Event::DrillFailed { branch, report, fault, .. } => {
+                self.drilled(entry, *branch, Drilled { report, rows: &[], fault: Some(fault) })?;
+            }
             Event::OperationBegun { plan, key } => self.begin(entry, plan, key.as_ref())?,
             Event::StepDone { step, end } => {
                 let (_, operation) = self.operation_of(entry)?;
@@ -462,6 +494,35 @@ impl ProjectState {
                 self.keys.retain(|used| Some(used.op) != entry.op);
             }
         }
+        Ok(())
+    }
+
+    fn drilled(&mut self, entry: &Entry<Event>, branch: BranchId, drilled: Drilled<'_>) -> Result<(), String> {
+        let Plan::Drill { point, layer, scratch, .. } = self.operation_of(entry)?.1.plan.clone() else {
+            return Err("a drill ends that is none".to_owned());
+        };
+        let branch = self.branch_mut(branch)?;
+        let record = Arc::new(Record {
+            scratch,
+            at: entry.time,
+            point,
+            actor: entry.actor.clone(),
+            report: drilled.report.clone(),
+            fault: drilled.fault.cloned(),
+        });
+        // The name may stand for another layer by now.
+        let of =
+            |one: &&mut Checkpoint| Point::Checkpoint(one.name.clone()) == record.point && Some(one.layer) == layer;
+        if let Some(checkpoint) = branch.checkpoints.iter_mut().find(of) {
+            checkpoint.last_drill = Some(record.clone());
+            if !drilled.rows.is_empty() {
+                checkpoint.rows = Some(drilled.rows.into());
+            }
+        }
+        if branch.drills.len() >= DRILLS_MAX {
+            branch.drills.pop_front();
+        }
+        branch.drills.push_back(record);
         Ok(())
     }
 
@@ -501,6 +562,13 @@ impl ProjectState {
         self.operations.remove(&op);
         Ok(())
     }
+}
+
+/// What an entry says of a drill.
+struct Drilled<'a> {
+    report: &'a Report,
+    rows: &'a [TableRows],
+    fault: Option<&'a Fault>,
 }
 
 impl Fold for ProjectState {

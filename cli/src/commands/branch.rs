@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use ebb_compute::control::Durability;
 use ebb_timeline::api::types::{
-    Branch, BranchList, BranchUrl, ChangeBranch, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
-    Exported, RestoreBranch, Restored, Stored,
+    Branch, BranchList, BranchUrl, ChangeBranch, ChangeUpkeep, Checkpoint, CheckpointList, CreateBranch,
+    CreateCheckpoint, Export, Exported, RestoreBranch, Restored, Stored,
 };
 use ebb_types::{BranchRef, Point, PointRef};
 
+use super::drill::last_drill;
 use super::project::seconds;
 use super::{Session, absolute, branch_path};
 use crate::args::{BranchCommand, CheckpointCommand, IdempotencyKey};
 use crate::failure::Failure;
-use crate::output::{bytes, facts, table};
+use crate::output::{age, bytes, facts, table};
 
 pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
     match command {
@@ -28,10 +29,22 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             to.show(&answer, |view: BranchList| branch_table(view.branches))
         }
         BranchCommand::Show { branch } => to.show(&to.client.get(&branch_path(&branch))?, branch_facts),
-        BranchCommand::Set { branch, idle_suspend, window, durability } => {
+        BranchCommand::Set {
+            branch,
+            idle_suspend,
+            window,
+            durability,
+            checkpoints,
+            drill_every,
+            probes,
+            no_probes,
+        } => {
             let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
             let (idle_suspend_seconds, window_seconds) = (seconds(idle_suspend), seconds(window));
-            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability };
+            let probes = (no_probes || !probes.is_empty()).then_some(probes);
+            let upkeep = ChangeUpkeep { checkpoints, drill_every_seconds: seconds(drill_every), probes };
+            let upkeep = Some(upkeep).filter(|upkeep| *upkeep != ChangeUpkeep::default());
+            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability, upkeep };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Delete { branch } => {
@@ -82,9 +95,25 @@ fn branch_facts(branch: Branch) -> String {
         ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
         ("commits wait for", durability(branch.durability).to_owned()),
         ("can go back to", seconds(branch.window_from)),
+        ("checkpoints", schedule(&branch)),
+        ("drilled every", branch.upkeep.drill_every_seconds.map(|every| age(every as u64)).unwrap_or_default()),
+        ("drills ask", probes(&branch)),
         ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
         ("stored", branch.stored.as_ref().map(stored).unwrap_or_default()),
     ])
+}
+
+fn schedule(branch: &Branch) -> String {
+    let schedule = branch.upkeep.checkpoints;
+    if schedule.is_off() { String::new() } else { schedule.to_string() }
+}
+
+fn probes(branch: &Branch) -> String {
+    match branch.upkeep.probes.len() {
+        0 => String::new(),
+        1 => "1 question".to_owned(),
+        many => format!("{many} questions"),
+    }
 }
 
 fn durability(durability: Durability) -> &'static str {
@@ -132,19 +161,7 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
         }
         CheckpointCommand::List { branch } => {
             let answer = to.client.get(&format!("{}/checkpoints", branch_path(&branch)))?;
-            to.show(&answer, |view: CheckpointList| {
-                table(
-                    ["CHECKPOINT", "LSN", "CREATED", "LAYER"],
-                    view.checkpoints.into_iter().map(|checkpoint| {
-                        [
-                            checkpoint.name.to_string(),
-                            checkpoint.lsn.map(|lsn| lsn.to_string()).unwrap_or_default(),
-                            seconds(checkpoint.created_at),
-                            checkpoint.layer.to_string(),
-                        ]
-                    }),
-                )
-            })
+            to.show(&answer, |view: CheckpointList| checkpoint_table(view.checkpoints))
         }
         CheckpointCommand::Delete { branch, name } => {
             let answer = to.client.delete(&format!("{}/checkpoints/{name}", branch_path(&branch)))?;
@@ -152,6 +169,25 @@ pub fn run_checkpoint(to: &Session, command: CheckpointCommand) -> Result<(), Fa
             Ok(())
         }
     }
+}
+
+/// One line a checkpoint.
+fn checkpoint_table(checkpoints: Vec<Checkpoint>) -> String {
+    table(
+        ["CHECKPOINT", "AGE", "SIZE", "OWN", "LAST DRILL", "LSN", "CREATED", "LAYER"],
+        checkpoints.into_iter().map(|checkpoint| {
+            [
+                checkpoint.name.to_string(),
+                age(checkpoint.age_seconds),
+                checkpoint.image_bytes.map(bytes).unwrap_or_default(),
+                checkpoint.own_bytes.map(bytes).unwrap_or_default(),
+                checkpoint.last_drill.as_ref().map_or_else(|| "never".to_owned(), last_drill),
+                checkpoint.lsn.map(|lsn| lsn.to_string()).unwrap_or_default(),
+                seconds(checkpoint.created_at),
+                checkpoint.layer.to_string(),
+            ]
+        }),
+    )
 }
 
 pub fn print_url(to: &Session, branch: &BranchRef) -> Result<(), Failure> {
@@ -214,11 +250,54 @@ mod tests {
         can go back to    2026-11-21 06:00:00Z
         kept until        2026-12-21 06:00:00Z
         ");
+        let kept = branch(
+            "prod",
+            serde_json::json!({"upkeep": {
+                "checkpoints": {"hourly": 24, "daily": 7}, "drill_every_seconds": 86400.0,
+                "probes": [{"sql": "select 1", "expect": "1"}],
+            }}),
+        );
+        let shown = branch_facts(kept).lines().skip(9).collect::<Vec<_>>().join("\n");
+        insta::assert_snapshot!(shown, @r"
+        checkpoints       hourly=24,daily=7
+        drilled every     1d
+        drills ask        1 question
+        ");
         let stored = serde_json::json!({"stored": {
             "own_bytes": 2048, "shared_bytes": 5 << 20, "unsealed_bytes": 8192, "waiting_layers": 2,
         }});
         let shown = branch_facts(branch("prod", stored));
         let last = shown.lines().last().unwrap();
         insta::assert_snapshot!(last, @"stored            2.0 KiB own, 5.0 MiB shared, 8.0 KiB not sealed yet, 2 layers not in the bucket yet");
+    }
+
+    #[test]
+    fn checkpoints_are_listed_with_their_size_and_whether_they_are_proven() {
+        let checkpoint = |name: &str, more: serde_json::Value| -> Checkpoint {
+            let mut value = serde_json::json!({
+                "name": name, "branch": "prod", "layer": "ly_00000000000000000000000000000002",
+                "created_at": "2026-11-21T06:00:00Z", "lsn": "0/16B3748", "age_seconds": 200, "image_bytes": 32 << 20,
+                "own_bytes": 4096,
+            });
+            value.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            serde_json::from_value(value).unwrap()
+        };
+        let drill = |passed: bool| {
+            serde_json::json!({
+                "branch": "prod", "point": "one", "at": "2026-11-21T07:00:00Z", "actor": "ebb", "passed": passed,
+                "total_ms": 900, "bucket_bytes": 1, "checks": [],
+            })
+        };
+        let checkpoints = vec![
+            checkpoint("one", serde_json::json!({"last_drill": drill(true), "age_seconds": 90_000})),
+            checkpoint("auto-2026-11-21T06-00Z", serde_json::json!({"automatic": true, "last_drill": drill(false)})),
+            checkpoint("two", serde_json::json!({"own_bytes": null})),
+        ];
+        insta::assert_snapshot!(checkpoint_table(checkpoints), @r"
+        CHECKPOINT              AGE  SIZE      OWN      LAST DRILL                   LSN        CREATED               LAYER
+        one                     1d   32.0 MiB  4.0 KiB  passed 2026-11-21 07:00:00Z  0/16B3748  2026-11-21 06:00:00Z  ly_00000000000000000000000000000002
+        auto-2026-11-21T06-00Z  3m   32.0 MiB  4.0 KiB  FAILED 2026-11-21 07:00:00Z  0/16B3748  2026-11-21 06:00:00Z  ly_00000000000000000000000000000002
+        two                     3m   32.0 MiB           never                        0/16B3748  2026-11-21 06:00:00Z  ly_00000000000000000000000000000002
+        ");
     }
 }

@@ -83,6 +83,11 @@ fn collected_text(done: Collected) -> String {
         text.push('\n');
         text.push_str(&table(["OBJECT", "SIZE", "GOES", "WHY"], rows));
     }
+    if !done.expired.is_empty() {
+        let rows = done.expired.into_iter().map(|one| [one.what, one.why]);
+        text.push('\n');
+        text.push_str(&table([if done.dry_run { "WOULD GO" } else { "GONE" }, "WHY"], rows));
+    }
     if done.dry_run {
         text.push_str("\nNothing was changed.\n");
     }
@@ -138,6 +143,25 @@ mod tests {
         OBJECT    SIZE     GOES                  WHY
         layers/a  1.0 KiB  now                   orphan
         layers/b  1.0 KiB  2026-11-28 06:00:00Z  orphan
+        ");
+    }
+
+    #[test]
+    fn what_a_rule_would_let_go_is_told() {
+        let expired = serde_json::json!([{"what": "shop/prod@auto-2026-11-20T06-00Z", "why": "automatic checkpoint beyond daily=7"}]);
+        let done =
+            Collected { dry_run: true, expired: serde_json::from_value(expired).unwrap(), ..Collected::default() };
+        insta::assert_snapshot!(collected_text(done), @r"
+        kept                   0 objects, 0 B
+        would be marked        0 objects, 0 B
+        would be deleted       0 objects, 0 B
+        waiting                0 objects, 0 B
+        would be removed here  0 layers, 0 branches
+
+        WOULD GO                          WHY
+        shop/prod@auto-2026-11-20T06-00Z  automatic checkpoint beyond daily=7
+
+        Nothing was changed.
         ");
     }
 }

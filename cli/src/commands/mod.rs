@@ -4,6 +4,7 @@
 mod branch;
 mod collect;
 mod compute;
+mod drill;
 pub mod fsck;
 mod project;
 mod psql;
@@ -34,6 +35,8 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
         Command::Ledger(command) => project::run_ledger(&to, command),
         Command::Export { from, dir, key } => branch::export(&to, &from, &dir, &key),
+        Command::Drill { from, probes, key } => drill::run(&to, &from, probes, &key),
+        Command::Drills { branch } => drill::list(&to, &branch),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

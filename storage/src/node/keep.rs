@@ -10,6 +10,7 @@ use ebb_types::{BranchId, LayerId};
 
 use super::NodeStore;
 use crate::error::{Error, LocalContext, Result};
+use crate::layer::Manifest;
 use crate::{blocking, layer, volume};
 
 impl NodeStore {
@@ -29,10 +30,17 @@ impl NodeStore {
     /// # Errors
     /// `NoSuchLayer` when neither has it; `Corrupt` when its manifest does not check.
     pub async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
+        Ok(self.manifest_anywhere(layer).await?.chain)
+    }
+
+    /// The manifest of a layer, from this node or else from the bucket.
+    ///
+    /// # Errors
+    /// As [`NodeStore::chain`].
+    pub async fn manifest_anywhere(&self, layer: LayerId) -> Result<Manifest> {
         match self.manifest(layer).await {
-            Ok(manifest) => Ok(manifest.chain),
-            Err(Error::NoSuchLayer(_)) => Ok(layer::manifest_in(&self.bucket, layer).await?.chain),
-            Err(error) => Err(error),
+            Err(Error::NoSuchLayer(_)) => layer::manifest_in(&self.bucket, layer).await,
+            found => found,
         }
     }
 

@@ -5,6 +5,7 @@ mod bucket_s3;
 mod collect;
 mod connections;
 mod docs;
+mod drills;
 mod fsck;
 mod kills;
 mod node_loss;

@@ -8,8 +8,10 @@
 //! the ledger, also after a restart. An act that failed does not use its key up.
 
 mod call;
+mod drills;
 mod routes;
 pub mod types;
+mod upkeep;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -42,6 +44,7 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route(&of_branch("/restore"), post(routes::restore_branch))
         .route(&of_branch("/checkpoints"), get(routes::list_checkpoints).post(routes::create_checkpoint))
         .route(&of_branch("/checkpoints/{checkpoint}"), delete(routes::delete_checkpoint))
+        .route(&of_branch("/drills"), get(drills::list_drills).post(drills::drill_branch))
         .route(&of_branch("/url"), get(routes::show_url))
         .route(&of_branch("/compute"), get(routes::show_compute))
         .route(&of_branch("/compute/suspend"), post(routes::suspend_compute))

@@ -13,15 +13,15 @@ use super::types::*;
 use crate::Service;
 use crate::service::Answer;
 
-type Node = State<Arc<Service>>;
-type Answered<T> = Result<(StatusCode, Json<T>), Fault>;
+pub(super) type Node = State<Arc<Service>>;
+pub(super) type Answered<T> = Result<(StatusCode, Json<T>), Fault>;
 
 /// What was made now is 201; what the same request had made before is 200.
-fn made<T>(answer: Answer<T>) -> Answered<T> {
+pub(super) fn made<T>(answer: Answer<T>) -> Answered<T> {
     Ok((if answer.new { StatusCode::CREATED } else { StatusCode::OK }, Json(answer.value)))
 }
 
-fn done<T>(value: T) -> Answered<T> {
+pub(super) fn done<T>(value: T) -> Answered<T> {
     Ok((StatusCode::OK, Json(value)))
 }
 
@@ -46,6 +46,8 @@ fn done<T>(value: T) -> Answered<T> {
         list_checkpoints,
         create_checkpoint,
         delete_checkpoint,
+        super::drills::list_drills,
+        super::drills::drill_branch,
         show_url,
         show_compute,
         suspend_compute,

@@ -12,6 +12,8 @@ use utoipa::ToSchema;
 
 use crate::clients::SessionRow;
 
+pub use super::upkeep::*;
+
 /// Answer to `GET /v1/health`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Health {
@@ -153,6 +155,9 @@ pub struct Branch {
     /// What a commit waits for: `local`, the disk of the node; or `bucket`.
     #[schema(value_type = String)]
     pub durability: Durability,
+    /// What is done for it by itself.
+    #[serde(default)]
+    pub upkeep: Upkeep,
     /// For a rescue branch: until when nothing may delete it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -199,6 +204,9 @@ pub struct ChangeBranch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub durability: Option<Durability>,
+    /// What is done for it by itself; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upkeep: Option<ChangeUpkeep>,
 }
 
 /// Body of `POST …/restore`.
@@ -246,6 +254,21 @@ pub struct Checkpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub lsn: Option<Lsn>,
+    /// Whether a schedule made it: then the schedule also deletes it.
+    #[serde(default)]
+    pub automatic: bool,
+    /// How old it is.
+    #[serde(default)]
+    pub age_seconds: u64,
+    /// Bytes of the files it stands for; absent where that was not asked for, or cannot be told now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_bytes: Option<u64>,
+    /// Bytes in the bucket that nothing else needs: what deleting it would free. Absent as `image_bytes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_bytes: Option<u64>,
+    /// Its last drill, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_drill: Option<Drill>,
 }
 
 /// Answer to `GET …/checkpoints`.
@@ -525,6 +548,9 @@ pub struct Collected {
     pub local_layers: u64,
     /// Directories of deleted branches removed from this node.
     pub local_branches: u64,
+    /// What a rule let go in this round: what only that needed is marked next.
+    #[serde(default)]
+    pub expired: Vec<Expired>,
 }
 
 /// An object that nothing needs.

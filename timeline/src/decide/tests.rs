@@ -4,6 +4,7 @@ use ebb_types::ProjectId;
 use proptest::prelude::*;
 
 use super::*;
+use crate::drill::Fault;
 use crate::ledger::{Entry, Fold as _};
 
 /// A project in memory: decides, folds, and remembers every entry.
@@ -112,7 +113,13 @@ impl Model {
             self.layers.extend(replayed.filter(|_| step == Step::Replay));
             let sealed = Some(layer).filter(|_| step != Step::Replay);
             let found = Found { sealed, end: Some(Lsn(self.ids as u64)), ..Found::default() };
-            let events = decide(&self.state, &Command::Step { op, step, found }).unwrap();
+            let what = "object \"x\" is corrupt".to_owned();
+            let fault = self.ids.is_multiple_of(2).then_some(Fault { what, kind: ebb_types::ErrorKind::Corrupt });
+            let command = match step {
+                Step::Verify => Command::Drilled { op, drilled: Drilled { fault, ..Drilled::default() } },
+                _ => Command::Step { op, step, found },
+            };
+            let events = decide(&self.state, &command).unwrap();
             self.record(op, events);
         }
     }
@@ -195,25 +202,35 @@ fn ask() -> impl Strategy<Value = Ask> {
             from: from.parse().unwrap(),
             point
         }),
-        branch_name().prop_map(|branch| Ask::DeleteBranch { branch }),
-        (branch_name(), checkpoint_name()).prop_map(|(branch, name)| Ask::CreateCheckpoint { branch, name }),
-        (branch_name(), checkpoint_name())
-            .prop_map(|(branch, name)| Ask::DeleteCheckpoint { branch, name: name.to_string() }),
+        branch_name().prop_map(|branch| Ask::DeleteBranch { branch, rule: None }),
+        (branch_name(), checkpoint_name()).prop_map(|(branch, name)| Ask::CreateCheckpoint {
+            branch,
+            name,
+            automatic: false
+        }),
+        (branch_name(), checkpoint_name()).prop_map(|(branch, name)| Ask::DeleteCheckpoint {
+            branch,
+            name: name.to_string(),
+            rule: None
+        }),
         (branch_name(), point()).prop_map(|(branch, to)| Ask::Restore { branch, to }),
         any::<u8>().prop_map(|n| Ask::Release { artifact: format!("{n:02x}"), migrations: Vec::new() }),
         (1..5u8).prop_map(|n| Ask::Rollback { to: format!("v{n}"), lsn: None, next_xid: None, layers: 0 }),
         branch_name().prop_map(|branch| Ask::Suspend { branch }),
+        (branch_name(), point()).prop_map(|(branch, point)| Ask::Drill { branch, point, probes: Vec::new() }),
         (branch_name(), 0..5_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
             branch,
             idle_suspend_ms: Some(ms),
             window_ms: None,
-            durability: None
+            durability: None,
+            upkeep: UpkeepChange::default(),
         }),
         (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
             branch,
             idle_suspend_ms: None,
             window_ms: Some(ms),
-            durability: None
+            durability: None,
+            upkeep: UpkeepChange::default(),
         }),
     ]
 }
@@ -298,12 +315,16 @@ fn a_failed_release_can_be_taken_back_with_its_data() {
 #[test]
 fn a_branch_under_an_operation_is_busy() {
     let mut model = Model::new();
-    model.act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    model
+        .act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap(), automatic: false })
+        .unwrap();
     let to = Point::Checkpoint("x".parse().unwrap());
     let op = model.begin(&Ask::Restore { branch: "dev".to_owned(), to: to.clone() }).unwrap();
     let refused = model.begin(&Ask::Restore { branch: "dev".to_owned(), to }).unwrap_err();
     assert_eq!(refused.to_string(), format!("branch \"dev\" is busy with restore ({op})"),);
-    model.act(&Ask::CreateCheckpoint { branch: "prod".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    model
+        .act(&Ask::CreateCheckpoint { branch: "prod".to_owned(), name: "x".parse().unwrap(), automatic: false })
+        .unwrap();
     model.drive(op, usize::MAX);
     model.check();
 }
@@ -311,10 +332,12 @@ fn a_branch_under_an_operation_is_busy() {
 #[test]
 fn a_rescue_branch_is_kept_until_its_date() {
     let mut model = Model::new();
-    model.act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap() }).unwrap();
+    model
+        .act(&Ask::CreateCheckpoint { branch: "dev".to_owned(), name: "x".parse().unwrap(), automatic: false })
+        .unwrap();
     let to = Point::Checkpoint("x".parse().unwrap());
     model.act(&Ask::Restore { branch: "dev".to_owned(), to }).unwrap();
-    let delete = Ask::DeleteBranch { branch: "rescue-dev-1".to_owned() };
+    let delete = Ask::DeleteBranch { branch: "rescue-dev-1".to_owned(), rule: None };
     assert!(matches!(model.act(&delete), Err(Refusal::Kept { .. })));
     model.seconds += 7 * 24 * 3600;
     model.act(&delete).unwrap();
@@ -337,7 +360,9 @@ fn long_branch_names_still_have_rescue_names() {
     let name = "a-234567890-234567890-23456789";
     let (named, from) = (name.parse().unwrap(), "prod".parse().unwrap());
     model.act(&Ask::CreateBranch { name: named, from, point: Point::Head }).unwrap();
-    model.act(&Ask::CreateCheckpoint { branch: name.to_owned(), name: "x".parse().unwrap() }).unwrap();
+    model
+        .act(&Ask::CreateCheckpoint { branch: name.to_owned(), name: "x".parse().unwrap(), automatic: false })
+        .unwrap();
     let to = Point::Checkpoint("x".parse().unwrap());
     model.act(&Ask::Restore { branch: name.to_owned(), to: to.clone() }).unwrap();
     model.act(&Ask::Restore { branch: name.to_owned(), to }).unwrap();

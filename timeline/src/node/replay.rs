@@ -37,6 +37,15 @@ impl LocalNode {
         if self.manifest(replay.layer).await?.is_some() {
             return Ok(None);
         }
+        let sealed = self.recovered(replay, like).await?.stop(replay.layer).await?;
+        if !sealed.new {
+            return Err(Error::Lost("the image that was recovered"));
+        }
+        Ok(sealed.end)
+    }
+
+    /// A unit on the image of the moment, which nobody but the caller knows of.
+    pub(super) async fn recovered(&self, replay: &Replay, like: &Start) -> Result<Unit> {
         let until = match replay.to {
             Moment::Lsn(_) => None,
             Moment::Time(time) => Some(Until::Time(time)),
@@ -50,7 +59,7 @@ impl LocalNode {
         }
     }
 
-    async fn replay_until(&self, replay: &Replay, like: &Start, until: Option<Until>) -> Result<Option<Lsn>> {
+    async fn replay_until(&self, replay: &Replay, like: &Start, until: Option<Until>) -> Result<Unit> {
         self.discard(replay.scratch).await?;
         self.remove_branch(replay.scratch).await?;
         self.make_openable(replay.base).await?;
@@ -66,12 +75,7 @@ impl LocalNode {
         // What comes of it begins a history of its own, which is archived when it is used.
         spec.archive = None;
         spec.recovery = Some(recovery(&self.replay_dir(replay.scratch), until)?);
-        let unit = Unit::start(&self.exe, &spec).await?;
-        let sealed = unit.stop(replay.layer).await?;
-        if !sealed.new {
-            return Err(Error::Lost("the image that was recovered"));
-        }
-        Ok(sealed.end)
+        Ok(Unit::start(&self.exe, &spec).await?)
     }
 
     /// The archive of a line, and the newest WAL in it, unless another node cannot have put any there.

@@ -15,12 +15,12 @@ use crate::machine::Compute;
 use crate::{Refusal, Result};
 
 /// An act's plan is of another kind than was asked for: its key was used for another act.
-fn other_act(plan: &Plan) -> crate::Error {
+pub(super) fn other_act(plan: &Plan) -> crate::Error {
     Refusal::TooLate(format!("the operation is a {}", plan.act())).into()
 }
 
 /// Reads a point as a request writes it.
-fn parse_point(text: &str) -> Result<Point> {
+pub(super) fn parse_point(text: &str) -> Result<Point> {
     text.parse().map_err(|invalid: ebb_types::InvalidName| Refusal::Invalid(invalid.to_string()).into())
 }
 
@@ -96,7 +96,8 @@ impl Service {
         if durability == Some(Durability::Bucket) {
             self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
         }
-        let ask = Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms, window_ms, durability };
+        let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
+        let ask = Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms, window_ms, durability, upkeep };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;
@@ -113,7 +114,7 @@ impl Service {
     /// If it is `prod`, a rescue branch before its date, or busy.
     pub async fn delete_branch(self: &Arc<Self>, caller: &Caller, project: &str, branch: &str) -> Result<()> {
         let project = self.project(project)?;
-        self.act(&project, caller, Ask::DeleteBranch { branch: branch.to_owned() }).await?;
+        self.act(&project, caller, Ask::DeleteBranch { branch: branch.to_owned(), rule: None }).await?;
         Ok(())
     }
 
@@ -150,8 +151,11 @@ impl Service {
     /// If there is no such branch.
     pub async fn checkpoints(&self, project: &str, branch: &str) -> Result<Vec<api::Checkpoint>> {
         let state = self.project(project)?.ledger.state();
-        let (_, branch) = state.branch(branch)?;
-        Ok(branch.checkpoints.iter().map(|checkpoint| checkpoint_view(branch, checkpoint)).collect())
+        let (id, branch) = state.branch(branch)?;
+        let view = |checkpoint| checkpoint_view(branch, checkpoint, self.clock.now());
+        let mut views: Vec<_> = branch.checkpoints.iter().map(view).collect();
+        self.add_sizes(&state, id, &mut views).await;
+        Ok(views)
     }
 
     /// Names the head of a branch.
@@ -166,13 +170,13 @@ impl Service {
         request: api::CreateCheckpoint,
     ) -> Result<Answer<api::Checkpoint>> {
         let project = self.project(project)?;
-        let ask = Ask::CreateCheckpoint { branch: branch.to_owned(), name: request.name };
+        let ask = Ask::CreateCheckpoint { branch: branch.to_owned(), name: request.name, automatic: false };
         let acted = self.act(&project, caller, ask).await?;
         match acted.plan {
             Plan::CreateCheckpoint { branch, name, .. } => {
                 let state = project.ledger.state();
                 let branch = state.branch_by_id(branch)?;
-                let value = checkpoint_view(branch, branch.checkpoint(name.as_str())?);
+                let value = checkpoint_view(branch, branch.checkpoint(name.as_str())?, self.clock.now());
                 Ok(Answer { value, new: acted.new })
             }
             plan => Err(other_act(&plan)),
@@ -191,7 +195,7 @@ impl Service {
         name: &str,
     ) -> Result<()> {
         let project = self.project(project)?;
-        let ask = Ask::DeleteCheckpoint { branch: branch.to_owned(), name: name.to_owned() };
+        let ask = Ask::DeleteCheckpoint { branch: branch.to_owned(), name: name.to_owned(), rule: None };
         self.act(&project, caller, ask).await?;
         Ok(())
     }

@@ -29,6 +29,7 @@
 //! recording its release; layers of its making are safe, being younger than any mark.
 
 pub(crate) mod explain;
+mod own;
 #[cfg(test)]
 mod tests;
 mod why;
@@ -137,7 +138,7 @@ struct Seen {
 
 impl Service {
     /// Collects at intervals.
-    pub(super) async fn collect_forever(&self) {
+    pub(super) async fn collect_forever(self: &Arc<Self>) {
         let mut wait = self.config.collect.interval.min(FIRST_AFTER);
         loop {
             // Jitter: nodes that were started together should not collect together.
@@ -154,10 +155,13 @@ impl Service {
     ///
     /// # Errors
     /// If anything that could tell what must stay cannot be read: then nothing goes.
-    pub async fn collect(&self, caller: &Caller, dry_run: bool) -> Result<api::Collected> {
+    pub async fn collect(self: &Arc<Self>, caller: &Caller, dry_run: bool) -> Result<api::Collected> {
         let began = std::time::Instant::now();
         let _turn = self.collector.turn.lock().await;
+        // What a rule lets go first: from then on nothing needs what only that needed.
+        let expired = self.expire(dry_run).await;
         let outcome = self.collect_round(&caller.actor, dry_run).await;
+        let outcome = outcome.map(|collected| api::Collected { expired, ..collected });
         if !dry_run {
             let result = if outcome.is_ok() { "ok" } else { "failed" };
             metrics::counter!("ebb_timeline_collect_rounds_total", "result" => result).increment(1);

@@ -10,14 +10,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ebb_compute::control::{Durability, Status};
 use ebb_storage::object_store::{self, Bucket};
-use ebb_types::{BranchId, Clock, LayerId, Lsn, SystemClock};
+use ebb_types::{BranchId, Clock, ErrorKind, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
+use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::Replay;
+use crate::node::drill::{Drills, Order};
 use crate::node::{Line, Node, Roles, Sealed, Start};
 use crate::{Error, Result, Service, ServiceConfig};
 
@@ -36,6 +38,10 @@ pub struct World {
     pub free_bytes: u64,
     /// What was written on each line of a branch, and where in its WAL that ends.
     pub wal: HashMap<(BranchId, u64), Vec<(Lsn, String)>>,
+    /// Drills that were carried out and not ended.
+    pub drills: HashSet<BranchId>,
+    /// The next drill hangs until it is dropped.
+    pub hang_drill: bool,
     /// Where layers are uploaded to; `None` once they need not be found there.
     pub bucket: Option<Bucket>,
 }
@@ -88,6 +94,12 @@ impl FakeNode {
         running.expect("a running unit").cancel();
     }
 
+    /// What a layer in the bucket holds, whatever this machine has.
+    async fn in_bucket(&self, layer: LayerId) -> Result<Rows> {
+        let bucket = self.0.lock().bucket.clone().expect("a bucket");
+        Ok(Self::read(&bucket, layer).await?.1)
+    }
+
     /// Makes a layer local, from the bucket if need be.
     async fn bring(&self, layer: LayerId) -> Result<()> {
         let bucket = {
@@ -97,16 +109,20 @@ impl FakeNode {
             }
             world.bucket.clone().expect("a bucket")
         };
+        let found = Self::read(&bucket, layer).await?;
+        self.0.lock().layers.insert(layer, found);
+        Ok(())
+    }
+
+    async fn read(bucket: &Bucket, layer: LayerId) -> Result<(Vec<LayerId>, Rows)> {
         let bytes = match bucket.get(&format!("layers/{layer}")).await {
             Err(ebb_storage::Error::NoSuchObject { .. }) => return Err(ebb_storage::Error::NoSuchLayer(layer).into()),
             bytes => bytes?,
         };
-        let found: (Vec<LayerId>, Rows) = serde_json::from_slice(&bytes).map_err(|error| {
+        serde_json::from_slice(&bytes).map_err(|error| {
             let what = format!("layer {layer}");
             Error::Storage(ebb_storage::Error::Corrupt { what, why: error.to_string() })
-        })?;
-        self.0.lock().layers.insert(layer, found);
-        Ok(())
+        })
     }
 
     pub fn is_running(&self, branch: BranchId) -> bool {
@@ -226,8 +242,18 @@ impl Node for FakeNode {
         }
     }
 
-    async fn status(&self, _: BranchId) -> Option<Status> {
-        None
+    async fn status(&self, branch: BranchId) -> Option<Status> {
+        let dirty = self.0.lock().volumes.get(&branch).filter(|volume| volume.running.is_some())?.dirty;
+        Some(Status {
+            ready: true,
+            postmaster_pid: None,
+            wal_end: None,
+            dirty,
+            restarts: 0,
+            stages: Vec::new(),
+            fetched: ebb_storage::layer::Fetched::default(),
+            shipping: None,
+        })
     }
 
     async fn positions(&self, branch: BranchId) -> Result<Found> {
@@ -352,6 +378,57 @@ impl Node for FakeNode {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
         let world = self.0.lock();
         Ok(world.volumes.get(&branch).map_or(0, |volume| u64::from(volume.dirty)))
+    }
+}
+
+#[async_trait]
+impl Drills for FakeNode {
+    async fn drill(&self, order: &Order) -> Drilled {
+        if self.0.lock().hang_drill {
+            self.0.lock().drills.insert(order.scratch);
+            std::future::pending::<()>().await;
+        }
+        let mut drilled = Drilled::default();
+        self.0.lock().drills.insert(order.scratch);
+        let base = order.replay.as_ref().map_or(order.start.data.head, |replay| replay.base);
+        let rows = match self.in_bucket(base).await {
+            Ok(rows) => rows.len() as u64,
+            Err(error) => {
+                drilled.fault = Some(Fault { what: error.chain(), kind: error.kind() });
+                return drilled;
+            }
+        };
+        drilled.report.restore_ms = Some(1);
+        let found = vec![TableRows { table: "app.public.rows".to_owned(), rows }];
+        match &order.rows {
+            Some(known) if **known != *found => {
+                let what = format!("{known:?} were {found:?}");
+                drilled.fault = Some(Fault { what, kind: ErrorKind::Corrupt });
+            }
+            Some(_) => {}
+            None => drilled.rows = found,
+        }
+        for probe in &order.probes {
+            if probe.expect != rows.to_string() {
+                let what = format!("the probe {:?} answers {rows}", probe.sql);
+                drilled.fault = Some(Fault { what, kind: ErrorKind::Corrupt });
+            }
+        }
+        drilled
+    }
+
+    async fn end_drill(&self, scratch: BranchId) -> Result<()> {
+        self.0.lock().drills.remove(&scratch);
+        Ok(())
+    }
+
+    async fn end_drills(&self) -> Result<()> {
+        self.0.lock().drills.clear();
+        Ok(())
+    }
+
+    async fn image_bytes(&self, layer: LayerId) -> Result<Option<u64>> {
+        Ok(self.0.lock().layers.get(&layer).map(|(_, rows)| rows.len() as u64 * 1000))
     }
 }
 

@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod drills;
 #[cfg(test)]
 pub(crate) mod fake;
 mod past;
@@ -27,6 +28,7 @@ mod saga;
 mod template;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod uploads;
 mod views;
 
@@ -60,6 +62,7 @@ pub use collect::CollectPolicy;
 use collect::Collector;
 pub use compute::AwakeUnit;
 use compute::Cell;
+pub(crate) use views::seconds_to_ms;
 
 /// LIMIT: enough for the ledger, the journal and the WAL of one more shutdown; below it nothing new is begun.
 pub const MIN_FREE_BYTES: u64 = 64 << 20;
@@ -142,6 +145,10 @@ pub struct Service {
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
+    /// One drill at a time: each takes the room of a whole database.
+    drilling: tokio::sync::Mutex<()>,
+    /// Bytes of the files of images, which never change.
+    image_sizes: Mutex<HashMap<LayerId, u64>>,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// A layer was recorded that may have to be uploaded.
@@ -218,12 +225,17 @@ impl Service {
             opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
+            drilling: tokio::sync::Mutex::default(),
+            image_sizes: Mutex::default(),
             changed: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         });
         service.open_projects().await?;
+        if let Err(error) = service.node.end_drills().await {
+            service.report("removing interrupted drills", &error);
+        }
         service.adopt_computes().await;
         service.recover().await;
         service.prepare_template();

@@ -68,6 +68,8 @@ impl Service {
                     self.upload_forever(),
                     self.collect_forever(),
                     self.watch_wal_forever(),
+                    self.keep_up_forever(),
+                    self.drill_forever(),
                 )
             } => {}
         }

@@ -198,6 +198,9 @@ impl Service {
         step: Step,
         fence: &mut Option<Fence>,
     ) -> Result<()> {
+        if let Plan::Drill { .. } = &operation.plan {
+            return self.verify(project, op, operation).await;
+        }
         let found = self.perform(project, &operation.plan, step, fence).await?;
         let command = Command::Step { op, step, found };
         project.ledger.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
@@ -215,6 +218,9 @@ impl Service {
 
     /// Removes what an operation that was given up, or is done, used besides the branches.
     async fn clean_up(&self, plan: &Plan) {
+        if let Plan::Drill { scratch, .. } = plan {
+            return self.end_drill(*scratch).await;
+        }
         let Some(replay) = plan.replay() else { return };
         let removed = async {
             self.node.discard(replay.scratch).await?;
@@ -249,11 +255,11 @@ impl Service {
                 *fence = Some(held);
                 found.take(sealed);
             }
-            (Plan::DeleteBranch { branch }, Step::Switch) => {
+            (Plan::DeleteBranch { branch, .. }, Step::Switch) => {
                 *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
                 self.discard_locked(project, *branch).await?;
             }
-            (Plan::DeleteBranch { branch }, Step::Sweep) => {
+            (Plan::DeleteBranch { branch, .. }, Step::Sweep) => {
                 self.node.discard(*branch).await?;
                 self.node.remove_branch(*branch).await?;
                 project.cells.lock().remove(branch);
@@ -414,7 +420,7 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
         // See `Plan::holds`.
         Ask::CreateBranch { point: Point::Lsn(_) | Point::Time(_), .. } => return Ok(None),
         Ask::CreateBranch { from, .. } => from.as_str(),
-        Ask::DeleteBranch { branch }
+        Ask::DeleteBranch { branch, .. }
         | Ask::CreateCheckpoint { branch, .. }
         | Ask::DeleteCheckpoint { branch, .. }
         | Ask::Restore { branch, .. }
@@ -422,7 +428,7 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
         | Ask::Wake { branch }
         | Ask::Export { branch, .. } => branch.as_str(),
         Ask::Release { .. } | Ask::Rollback { .. } => crate::decide::PROD,
-        Ask::ChangeBranch { .. } | Ask::ShowUrl { .. } => return Ok(None),
+        Ask::ChangeBranch { .. } | Ask::Drill { .. } | Ask::ShowUrl { .. } => return Ok(None),
     };
     Ok(Some(state.branch(name)?.0))
 }

@@ -560,6 +560,7 @@ enum Cut {
     Rollback,
     Suspend,
     Export,
+    Drill,
 }
 
 async fn prepare(rig: &Rig, service: &Arc<Service>, cut: Cut) {
@@ -597,6 +598,7 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
         Cut::Release => deploy(rig, service, "two", &["1.sql", "2.sql"]).await.map(drop),
         Cut::Rollback => service.rollback(&caller(), "shop", "v1").await.map(drop),
         Cut::Suspend => service.suspend_compute(&caller(), "shop", "prod").await.map(drop),
+        Cut::Drill => service.drill(&caller(), "shop", "prod", api::DrillBranch::default()).await.map(drop),
         Cut::Export => {
             let dir = rig.dir.path().join(format!("out-{:x}", rand::random::<u32>()));
             service.export(&caller(), "shop", "prod", api::Export { point: None, dir }).await.map(drop)
@@ -643,6 +645,11 @@ async fn check(rig: &Rig, service: &Arc<Service>, cut: Cut) -> bool {
         Cut::Suspend | Cut::Export => {
             assert_eq!(rows(rig, service, "prod").await, ["1", "2"]);
             true
+        }
+        Cut::Drill => {
+            assert!(rig.node.0.lock().drills.is_empty(), "a drill left something");
+            assert_eq!(rows(rig, service, "prod").await, ["1", "2"]);
+            !service.drills("shop", "prod").await.unwrap().is_empty()
         }
         Cut::Restore => {
             let done = branch("rescue-prod-1").await;
@@ -737,6 +744,7 @@ cuts! {
     rollback_cut_at_every_record_is_done_or_undone Rollback
     suspend_cut_at_every_record_is_done_or_undone Suspend
     export_cut_at_every_record_is_done_or_undone Export
+    drill_cut_at_every_record_is_done_or_undone Drill
 }
 
 #[tokio::test]

@@ -72,7 +72,7 @@ impl Service {
         self.upload_chain(base).await
     }
 
-    async fn upload_chain(&self, layer: LayerId) -> Result<()> {
+    pub(super) async fn upload_chain(&self, layer: LayerId) -> Result<()> {
         for layer in self.node.chain(layer).await? {
             if self.uploaded.lock().contains(&layer) {
                 continue;

@@ -7,6 +7,7 @@ use ebb_types::{BranchId, BranchRef, EndpointName, OperationId, Point, Timestamp
 use super::{Project, Service};
 use crate::api::types as api;
 use crate::decide::PROD;
+use crate::drill::Record;
 use crate::event::{Event, Plan};
 use crate::ledger::Chained;
 use crate::state::{self, ProjectState};
@@ -54,6 +55,7 @@ impl Service {
             idle_suspend_seconds: self.idle_suspend(branch).as_secs_f64(),
             window_seconds: branch.window().as_secs_f64(),
             durability: branch.durability,
+            upkeep: api::Upkeep::from(&branch.upkeep),
             window_from: branch.window_start(self.clock.now()),
             rescue_until: branch.rescue_until,
             stored: None,
@@ -68,13 +70,34 @@ impl Service {
     }
 }
 
-pub(super) fn checkpoint_view(branch: &state::Branch, checkpoint: &state::Checkpoint) -> api::Checkpoint {
+pub(super) fn checkpoint_view(
+    branch: &state::Branch,
+    checkpoint: &state::Checkpoint,
+    now: Timestamp,
+) -> api::Checkpoint {
     api::Checkpoint {
         name: checkpoint.name.clone(),
         branch: branch.name.clone(),
         layer: checkpoint.layer,
         created_at: checkpoint.created_at,
         lsn: checkpoint.lsn,
+        automatic: checkpoint.automatic,
+        age_seconds: u64::try_from(now.duration_since(checkpoint.created_at).as_secs()).unwrap_or(0),
+        image_bytes: None,
+        own_bytes: None,
+        last_drill: checkpoint.last_drill.as_ref().map(|record| drill_view(branch, record)),
+    }
+}
+
+pub(super) fn drill_view(branch: &state::Branch, record: &Record) -> api::Drill {
+    api::Drill {
+        branch: branch.name.clone(),
+        point: record.point.to_string(),
+        at: record.at,
+        actor: record.actor.clone(),
+        passed: record.fault.is_none(),
+        fault: record.fault.as_ref().map(|fault| fault.what.clone()),
+        report: record.report.clone(),
     }
 }
 
@@ -171,9 +194,16 @@ impl Reader {
         match plan {
             Plan::CreateProject { name } | Plan::DeleteProject { name } => Some(name.to_string()),
             Plan::CreateBranch { name, parent, .. } => Some(format!("{name} from {}@{}", parent.branch, parent.point)),
-            Plan::CreateCheckpoint { branch, name, .. } | Plan::DeleteCheckpoint { branch, name } => {
+            Plan::CreateCheckpoint { branch, name, .. } => {
                 self.branch_name(*branch).map(|branch| format!("{branch}@{name}"))
             }
+            Plan::DeleteCheckpoint { branch, name, rule } => {
+                self.branch_name(*branch).map(|branch| format!("{branch}@{name}{}", by(rule.as_deref())))
+            }
+            Plan::DeleteBranch { branch, rule } => {
+                self.branch_name(*branch).map(|branch| format!("{branch}{}", by(rule.as_deref())))
+            }
+            Plan::Drill { branch, point, .. } => self.branch_name(*branch).map(|branch| format!("{branch}@{point}")),
             Plan::Restore { branch, to, .. } => self.branch_name(*branch).map(|branch| format!("{branch} to {to}")),
             Plan::Release { name, .. } => Some(name.clone()),
             Plan::Rollback { to, .. } => self.state.release_by_id(*to).map(|release| format!("to {}", release.name)),
@@ -182,7 +212,6 @@ impl Reader {
                 self.branch_name(*branch).map(|branch| format!("{branch}@{point} to {}", dir.display()))
             }
             Plan::ChangeBranch { branch }
-            | Plan::DeleteBranch { branch }
             | Plan::Suspend { branch, .. }
             | Plan::Wake { branch }
             | Plan::ShowUrl { branch } => self.branch_name(*branch),
@@ -190,8 +219,20 @@ impl Reader {
     }
 }
 
+/// The rule by which something goes, if nobody asked for it.
+fn by(rule: Option<&str>) -> String {
+    rule.map(|rule| format!(" ({rule})")).unwrap_or_default()
+}
+
 /// How far an entry brought its operation.
 fn result(events: &[Event]) -> String {
+    for event in events {
+        match event {
+            Event::DrillPassed { .. } => return "passed".to_owned(),
+            Event::DrillFailed { fault, .. } => return format!("failed: {}", fault.what),
+            _ => {}
+        }
+    }
     for event in events.iter().rev() {
         match event {
             Event::OperationDone => return "done".to_owned(),
@@ -221,10 +262,10 @@ pub(super) fn encode_query(text: &str) -> String {
 }
 
 /// Seconds as text asks for them, as a duration in milliseconds.
-pub(super) fn seconds_to_ms(seconds: f64) -> Result<u64> {
+pub(crate) fn seconds_to_ms(seconds: f64) -> Result<u64> {
     let ms = (seconds * 1000.0).round();
     if !(0.0..=1e15).contains(&ms) {
-        return Err(Refusal::Invalid(format!("idle_suspend_seconds cannot be {seconds}")).into());
+        return Err(Refusal::Invalid(format!("a length of time cannot be {seconds} seconds")).into());
     }
     Ok(ms as u64)
 }

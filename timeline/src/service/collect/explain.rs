@@ -146,6 +146,8 @@ fn takes_away(event: &Event) -> bool {
         | Event::ReleaseDeployed { .. }
         | Event::ReleaseFailed { .. }
         | Event::ReleasesRolledBack { .. }
+        | Event::DrillPassed { .. }
+        | Event::DrillFailed { .. }
         | Event::OperationBegun { .. }
         | Event::StepDone { .. } => false,
     }

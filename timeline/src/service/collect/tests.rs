@@ -46,7 +46,7 @@ async fn checkpoint(service: &Arc<Service>, branch: &str, name: &str) -> Result<
     service.create_checkpoint(&caller(), "shop", branch, request).await.map(drop)
 }
 
-async fn collect(service: &Service) -> api::Collected {
+async fn collect(service: &Arc<Service>) -> api::Collected {
     service.collect(&caller(), false).await.unwrap()
 }
 
