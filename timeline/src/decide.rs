@@ -314,6 +314,9 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         Ask::DeleteBranch { branch, rule } => {
             let (id, branch) = state.branch(branch)?;
             may_be_deleted(branch, fresh.now)?;
+            if rule.is_some() && !branch.is_untouched() {
+                return Err(Refusal::TooLate(format!("something was done on branch {:?} meanwhile", branch.name)));
+            }
             free(state, id)?;
             Ok(Plan::DeleteBranch { branch: id, rule: rule.clone() })
         }
@@ -330,7 +333,11 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::DeleteCheckpoint { branch, name, rule } => {
             let (id, branch) = state.branch(branch)?;
-            let name = branch.checkpoint(name)?.name.clone();
+            let checkpoint = branch.checkpoint(name)?;
+            if rule.is_some() && !checkpoint.automatic {
+                return Err(Refusal::TooLate(format!("checkpoint {name:?} is another one meanwhile")));
+            }
+            let name = checkpoint.name.clone();
             let needs = |release: &&Release| release.checkpoint == name && release.stage != ReleaseStage::RolledBack;
             if branch.name.as_str() == PROD
                 && let Some(release) = state.releases.iter().find(needs)

@@ -40,6 +40,7 @@ fn an_empty_node_serves_everything_from_s3() {
     second.ok(&["compute", "wake", "shop/whole"]);
     let ran = second.superuser_tool("shop/whole", "psql", &["-XAtq", "-d", "app", "-c", "select count(*) from t"]);
     assert_eq!(ran.stdout.trim(), "50000");
+    second.ok(&["drill", "shop/prod@full", "--probe", "select count(*) from t=50000"]);
     assert_eq!(second.json(&["ledger", "verify", "shop"])["ok"], true);
 }
 

@@ -81,6 +81,18 @@ async fn the_contract_from_project_to_ledger() {
     let dir = api.rig.dir.path().join("out");
     assert_eq!(api.ok(&format!("POST {at}/pr/export"), Some(json!({"dir": dir}))).await["dir"], json!(dir));
     assert!(api.ok(&format!("GET {at}/pr/url"), None).await["url"].as_str().unwrap().contains("pr--shop"));
+    let asked = json!({"point": "one", "probes": [{"sql": "select count(*) from t", "expect": "0"}]});
+    let (status, drill) = api.call(&format!("POST {at}/pr/drills"), Some(asked)).await;
+    assert_eq!(
+        (status, &drill["passed"], &drill["point"]),
+        (StatusCode::CREATED, &json!(true), &json!("one")),
+        "{drill}"
+    );
+    let wrong = json!({"point": "one", "probes": [{"sql": "select count(*) from t", "expect": "1"}]});
+    let (status, problem) = api.call(&format!("POST {at}/pr/drills"), Some(wrong)).await;
+    assert_eq!((status, &problem["kind"]), (StatusCode::INTERNAL_SERVER_ERROR, &json!("corrupt")), "{problem}");
+    let drills = api.ok(&format!("GET {at}/pr/drills"), None).await;
+    assert_eq!((&drills["drills"][0]["passed"], &drills["drills"][1]["passed"]), (&json!(true), &json!(false)));
     assert_eq!(api.call(&format!("DELETE {at}/pr/checkpoints/one"), None).await.0, StatusCode::NO_CONTENT);
     assert_eq!(api.call(&format!("DELETE {at}/pr"), None).await.0, StatusCode::NO_CONTENT);
 
@@ -123,6 +135,10 @@ async fn problems_say_what_kind_and_what_to_do() {
         ("DELETE /v1/projects/shop/branches/prod", None),
         ("DELETE /v1/projects/shop", None),
         ("PATCH /v1/projects/shop/branches/prod", Some(json!({"idle_suspend_seconds": -1}))),
+        ("PATCH /v1/projects/shop/branches/prod", Some(json!({"upkeep": {"drill_every_seconds": 0.5}}))),
+        ("PATCH /v1/projects/shop/branches/prod", Some(json!({"upkeep": {"checkpoints": {"hourly": 5000}}}))),
+        ("POST /v1/projects/shop/branches/prod/drills", Some(json!({"point": "nowhere"}))),
+        ("POST /v1/projects/shop/branches/prod/drills", Some(json!({"probes": [{"sql": " ", "expect": "1"}]}))),
         ("GET /v1/nothing", None),
         ("PUT /v1/projects", None),
     ] {

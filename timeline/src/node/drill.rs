@@ -67,7 +67,7 @@ pub struct Order {
 
 impl Order {
     /// The layer that everything begins with.
-    fn base(&self) -> LayerId {
+    pub fn base(&self) -> LayerId {
         self.replay.as_ref().map_or(self.start.data.head, |replay| replay.base)
     }
 }

@@ -25,7 +25,7 @@ use crate::ledger::{Fold as _, read_chain};
 use crate::node::drill::Order;
 use crate::node::{Line, Start};
 use crate::state::{Operation, ProjectState};
-use crate::{Error, Refusal, Result, reach};
+use crate::{Error, Refusal, Result};
 
 /// LIMIT: so long a list of checkpoints waits for their sizes; a bucket that is away must not hide the rest.
 const SIZES_WITHIN: Duration = Duration::from_secs(2);
@@ -147,7 +147,19 @@ impl Service {
         }
         let (state, entries) = self.state_in_bucket(project).await?;
         let order = order(&state, plan, *scratch, probes)?;
+        self.check_room(order.base()).await?;
         Ok((order, entries))
+    }
+
+    /// Refuses to fill a disk that branches in use need: what is restored takes its own size, at least.
+    async fn check_room(&self, base: LayerId) -> Result<()> {
+        // What cannot be told is told when it is fetched.
+        let image = self.image_bytes(base).await.unwrap_or(0);
+        let (free, wanted) = (self.node.free_bytes()?, self.config.min_free_bytes.saturating_add(image));
+        match free >= wanted {
+            true => Ok(()),
+            false => Err(Error::DiskFull { path: self.config.data_dir.clone(), free, wanted }),
+        }
     }
 
     /// The project as the bucket tells it, every entry checked.
@@ -200,9 +212,9 @@ impl Service {
 fn order(state: &ProjectState, plan: &Plan, scratch: BranchId, probes: &[crate::drill::Probe]) -> Result<Order> {
     let Plan::Drill { branch, point, layer, replay, .. } = plan else { return Err(other_act(plan)) };
     let (facts, known) = (state.facts()?, state.branch_by_id(*branch)?);
-    let named = reach::roots(state).into_iter().any(|root| Some(root.layer) == *layer);
-    if !named && replay.is_none() {
-        return Err(Error::Damaged(format!("the ledger in the bucket does not name what {point} is")));
+    let checkpoint = known.checkpoints.iter().find(|one| Point::Checkpoint(one.name.clone()) == *point);
+    if matches!(point, Point::Checkpoint(_)) && checkpoint.map(|checkpoint| checkpoint.layer) != *layer {
+        return Err(Error::Damaged(format!("the ledger in the bucket names another layer as {point}, or none")));
     }
     let of = |data: Line, begun_here: bool| Start {
         pg_major: facts.pg_major,
@@ -221,8 +233,7 @@ fn order(state: &ProjectState, plan: &Plan, scratch: BranchId, probes: &[crate::
         (_, Some(layer), None) => of(Line { branch: scratch, line: 0, head: *layer }, true),
         (_, None, None) => return Err(Error::Damaged(format!("nothing is known of {point}"))),
     };
-    let rows = known.checkpoints.iter().find(|one| Point::Checkpoint(one.name.clone()) == *point);
-    let rows = rows.and_then(|checkpoint| checkpoint.rows.clone());
+    let rows = checkpoint.and_then(|checkpoint| checkpoint.rows.clone());
     let probes = known.upkeep.probes.iter().chain(probes).cloned().collect();
     Ok(Order { scratch, start, replay: replay.clone(), probes, rows })
 }

@@ -255,6 +255,9 @@ impl Service {
                 *fence = Some(held);
                 found.take(sealed);
             }
+            (Plan::DeleteBranch { branch, rule: Some(_) }, Step::Switch) if !self.was_never_awake(project, *branch) => {
+                return Err(Refusal::TooLate(format!("branch {branch} was woken meanwhile")).into());
+            }
             (Plan::DeleteBranch { branch, .. }, Step::Switch) => {
                 *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
                 self.discard_locked(project, *branch).await?;

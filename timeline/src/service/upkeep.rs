@@ -153,8 +153,9 @@ impl Service {
         overdue
     }
 
-    /// Whether a branch has slept since this process began. What was awake before has left a seal, or is not settled.
-    fn was_never_awake(&self, project: &Project, branch: BranchId) -> bool {
+    /// Whether a branch has slept since this process began. What was awake before has left a seal, or is not settled. With
+    /// the branch's lock held it stays so.
+    pub(super) fn was_never_awake(&self, project: &Project, branch: BranchId) -> bool {
         let cell = project.cell(branch);
         let inner = cell.inner.lock();
         inner.compute == Compute::Suspended && inner.wakes == 0 && inner.is_settled()

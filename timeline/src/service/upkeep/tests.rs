@@ -356,6 +356,41 @@ async fn a_drill_that_is_cut_off_is_undone_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_drill_keeps_what_it_reads_although_its_checkpoint_goes() {
+    let home = Home::new().await;
+    home.write("1").await;
+    home.named("one").await;
+    let layer = home.service.checkpoints("shop", "prod").await.unwrap()[0].layer;
+    let request = api::ChangeBranch { window_seconds: Some(0.0), ..api::ChangeBranch::default() };
+    home.service.change_branch(&caller(), "shop", "prod", request).await.unwrap();
+    home.rig.node.0.lock().hang_drill = true;
+    let service = home.service.clone();
+    let request = api::DrillBranch { point: Some("one".to_owned()), probes: Vec::new() };
+    let drilling = tokio::spawn(async move { service.drill(&caller(), "shop", "prod", request).await });
+    while home.running_drills() == 0 {
+        tokio::task::yield_now().await;
+    }
+    home.service.delete_checkpoint(&caller(), "shop", "prod", "one").await.unwrap();
+    home.write("2").await;
+    home.suspend("prod").await;
+    let why = home.service.why(&format!("layers/{layer}")).await.unwrap();
+    assert!(why.kept_by.iter().any(|keeper| keeper.starts_with("drill under way in shop")), "{why:?}");
+    drilling.abort();
+}
+
+#[tokio::test]
+async fn a_drill_does_not_fill_the_disk_that_branches_need() {
+    let home = Home::new().await;
+    home.write("1").await;
+    home.named("one").await;
+    // Enough for work, not for a second database.
+    home.rig.node.0.lock().free_bytes = 1500;
+    let error = home.drill(Some("one"), &[]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("has 1500 bytes free, fewer than the 2000"), "{error}");
+}
+
+#[tokio::test]
 async fn a_drill_under_way_ends_with_the_service() {
     let home = Home::new().await;
     home.write("1").await;
