@@ -654,7 +654,11 @@ fn drill_events(state: &ProjectState, op: OperationId, drilled: &Drilled) -> Res
     };
     let (branch, point, report) = (*branch, point.clone(), drilled.report.clone());
     let found = match &drilled.fault {
-        None => Event::DrillPassed { branch, point, report, rows: drilled.rows.clone() },
+        None => {
+            // Only a checkpoint will be the same the next time.
+            let rows = matches!(point, Point::Checkpoint(_)).then(|| drilled.rows.clone()).unwrap_or_default();
+            Event::DrillPassed { branch, point, report, rows }
+        }
         Some(fault) => Event::DrillFailed { branch, point, report, fault: fault.clone() },
     };
     // Of a branch that was deleted meanwhile there is nothing more to say.

@@ -259,6 +259,23 @@ fn a_drill_whose_server_is_killed_leaves_nothing_once_there_is_another() {
 }
 
 #[test]
+fn a_server_that_stops_ends_its_drill_first() {
+    let mut node = Node::with_shop();
+    node.psql("shop/prod", "create table t as select generate_series(1, 1000) as n");
+    node.ok(&["branch", "set", "shop/prod", "--drill-every", "1s"]);
+    let drills = node.data().join("drills");
+    wait_for("the unit of the drill", || {
+        node.processes().iter().any(|(_, line)| line.contains(&*drills.to_string_lossy()))
+    });
+    node.stop();
+    assert_eq!(node.processes(), []);
+    assert_nothing_left(&node);
+    node.serve();
+    node.ok(&["branch", "set", "shop/prod", "--drill-every", "off"]);
+    node.ok(&["drill", "shop/prod", "--probe", "select count(*) from t=1000"]);
+}
+
+#[test]
 fn checkpoints_and_drills_are_made_by_policy_while_the_branch_sleeps() {
     let node = Node::with_shop();
     node.psql("shop/prod", "create table t as select generate_series(1, 1000) as n");

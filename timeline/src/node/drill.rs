@@ -160,6 +160,11 @@ impl Report {
             Ok(Looked::At(what)) => self.note(check, Outcome::Passed, what, began),
             Ok(Looked::Not(why)) => self.note(check, Outcome::Skipped, why, began),
             Err(error) => {
+                let error = match error {
+                    // Of a server that clients use this would be bad luck; of this one it is what was to be found out.
+                    Error::Postgres(said) => Error::Damaged(format!("postgres answered: {said}")),
+                    other => other,
+                };
                 self.note(check, Outcome::Failed, error.chain(), began);
                 return Err(error);
             }
@@ -235,7 +240,8 @@ impl LocalNode {
 
     /// Why it did not come up: the object that is damaged, if one is.
     async fn what_is_behind(&self, base: LayerId, error: Error) -> Error {
-        if error.kind() == ErrorKind::Corrupt || error.kind() == ErrorKind::Unavailable {
+        // It names what is damaged already.
+        if error.kind() == ErrorKind::Corrupt {
             return error;
         }
         match self.store.ensure_local(base).await.map_err(Error::from) {
@@ -261,7 +267,7 @@ impl LocalNode {
         let rows = match &order.rows {
             Some(known) => scratch.compare_rows(known).await,
             None => scratch.count_rows().await.map(|counted| {
-                let what = format!("{} tables were counted for the first time", counted.len());
+                let what = format!("{} tables were counted", counted.len());
                 drilled.rows = counted;
                 Looked::At(what)
             }),

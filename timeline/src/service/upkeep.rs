@@ -69,6 +69,9 @@ impl Service {
         {
             return Ok(());
         }
+        if !is_free(project, branch) {
+            return Ok(());
+        }
         let ask = Ask::CreateCheckpoint { branch: known.name.to_string(), name: automatic_name(now), automatic: true };
         match self.act(project, &Caller::ebb(), ask).await {
             // Somebody works on the branch, or has just taken the name: there is a next look.
@@ -107,6 +110,9 @@ impl Service {
     }
 
     async fn let_go(self: &Arc<Self>, project: &Arc<Project>, overdue: &Overdue) -> bool {
+        if !is_free(project, overdue.branch) {
+            return false;
+        }
         match self.act(project, &Caller::ebb(), overdue.ask.clone()).await {
             Ok(_) => {
                 tracing::info!(branch = %overdue.branch, what = overdue.what, why = overdue.why, "let go by a rule");
@@ -196,6 +202,11 @@ impl Service {
         let point = newest.map_or(Point::Head, |newest| Point::Checkpoint(newest.name.clone()));
         Some((known.name.to_string(), point))
     }
+}
+
+/// Whether nobody works on a branch just now. If somebody does there is a next look, and nobody else waits for this one.
+fn is_free(project: &Project, branch: BranchId) -> bool {
+    project.cell(branch).ops.try_lock().is_ok()
 }
 
 /// `auto-2026-11-21T10-00Z`.

@@ -70,3 +70,28 @@ impl ObjectStore for Counted {
         refused(key)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ebb_storage::object_store;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_read_is_counted_and_nothing_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let bucket = object_store::open(dir.path().join("bucket").to_str().unwrap()).await.unwrap();
+        bucket.put("a", Bytes::from_static(b"0123456789")).await.unwrap();
+        let counted = Counted::new(bucket.clone());
+        assert_eq!(counted.get("a").await.unwrap().len(), 10);
+        assert_eq!(counted.get_range("a", 2..5).await.unwrap(), "234");
+        assert_eq!(counted.read_bytes(), 13);
+        let bytes = Bytes::from_static(b"x");
+        assert!(counted.put("a", bytes.clone()).await.is_err());
+        assert!(counted.put_if_absent("b", bytes).await.is_err());
+        assert!(counted.put_file("b", dir.path()).await.is_err());
+        assert!(counted.delete("a").await.is_err());
+        assert_eq!(bucket.list("", None).await.unwrap(), counted.list("", None).await.unwrap());
+        assert_eq!(bucket.get("a").await.unwrap(), "0123456789");
+    }
+}
