@@ -218,6 +218,34 @@ async fn what_cannot_be_visited_is_told_with_what_can() {
         assert!(hint.contains("any moment from"), "{point}: {hint}");
     }
     assert_eq!(marks(&node), 0);
+    // A position that nothing was written to yet is found out when it is looked for.
+    let (code, hint) = refused("0/7FFFFFFF").await;
+    assert!(code == "22023" && hint.contains("any moment from"), "{code} {hint}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_node_opens_the_past_out_of_the_bucket() {
+    let bucket = tempfile::tempdir().expect("a directory for the bucket");
+    let mut node = Node::prepare().bucket(bucket.path());
+    node.serve();
+    node.ok(&["project", "create", "shop"]);
+    node.psql("shop/prod", "create table history (n bigint primary key)");
+    node.ok(&["checkpoint", "create", "shop/prod", "begin"]);
+    let client = node.connect("shop/prod").await;
+    let written = write(&client, 1..=20).await;
+    drop(client);
+    // Its passwords cannot be read without the first node's key, but be held against what is in the bucket.
+    let places = ["shop/prod@begin".to_owned(), format!("shop/prod@{}", written[7].at)];
+    let (urls, port) = (places.map(|place| url_at(&node, &place)), node.proxy_port);
+    node.stop();
+    let other = node.scratch().join("other-node");
+    let mut node = node.data_dir(&other);
+    node.serve();
+    for (url, expect) in urls.iter().zip(["0 of 0", "8 of 8"]) {
+        let url = url.replace(&format!(":{port}/"), &format!(":{}/", node.proxy_port));
+        assert_eq!(numbers(&node.try_connect(&url).await.expect("the past is open")).await, expect);
+    }
+    assert_eq!(node.compute("shop/prod")["wakes"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -236,7 +236,9 @@ impl Service {
             metrics::histogram!("ebb_timeline_visit_seconds").record(begun.elapsed());
             // Whoever asks from here on finds it open, or opens it anew.
             let _forget = OpeningGuard(visit.clone());
-            if let Err(error) = &opened {
+            if let Err(error) = &opened
+                && !matches!(error, Error::Refused(_))
+            {
                 tracing::error!(visit = %visit.id, branch = %visit.branch, error = error.chain(), "a visit failed");
             }
             opened
@@ -256,7 +258,8 @@ impl Service {
         {
             self.node.ship(visit.branch).await?;
         }
-        let opened = self.node.visit(&visit.start, visit.replay.as_ref(), visit.shut).await?;
+        let opened = self.node.visit(&visit.start, visit.replay.as_ref(), visit.shut).await;
+        let opened = opened.map_err(|error| self.out_of_reach(visit, error))?;
         let Visited { socket, roles, layer } = opened;
         let unit = {
             let mut state = visit.state.lock();
@@ -275,6 +278,17 @@ impl Service {
             }
         });
         Ok(unit)
+    }
+
+    /// A moment that no WAL leads to is not one that the branch can be taken back to: it was not written that far, or its WAL
+    /// never got to the bucket.
+    fn out_of_reach(&self, visit: &Visit, error: Error) -> Error {
+        let Error::Storage(ebb_storage::Error::NoSuchWal { .. }) = error else { return error };
+        let state = visit.project.ledger.state();
+        let Ok(known) = state.branch_by_id(visit.branch) else { return error };
+        let (now, why) = (self.clock.now(), "no WAL in the bucket leads there".to_owned());
+        let (branch, point, from) = (known.name.clone(), visit.point.to_string(), known.window_start(now));
+        Refusal::OutsideWindow { branch, point, why, from, to: now }.into()
     }
 
     /// Its unit is gone: by itself, or because the visit is over.
