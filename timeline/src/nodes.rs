@@ -8,17 +8,22 @@
 //! clock of its own that never jumps. A node that cannot renew its own record knows, by the same kind of clock, when
 //! others may take it for dead: it began the last renewal that worked before any of them can have seen it.
 //!
+//! Who could not look for a while has seen nobody die: after that everybody has the whole time again. And who cannot renew
+//! asks the others whether they can ([`Others`]): a bucket that is away for all lets nobody take over.
+//!
 //! A record only tells whom to ask, and whom one may take over from. What makes a takeover safe is in the logs: an entry
 //! in the project's ledger that only one node can write, and a fence in every WAL archive (I9).
 //!
 //! **Crash.** A node that dies leaves its record, which expires; one that was stopped in order has said so.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use ebb_storage::object_store::Bucket;
 use ebb_types::NodeId;
 use parking_lot::Mutex;
@@ -84,6 +89,13 @@ struct Seen {
     changed: Moment,
 }
 
+/// The way to other nodes that does not lead through the bucket.
+#[async_trait]
+pub trait Others: Debug + Send + Sync + 'static {
+    /// Whether every one of these nodes answers, and says that it cannot renew its record either.
+    async fn are_cut_off(&self, nodes: &[Record]) -> bool;
+}
+
 /// This node among the others.
 #[derive(Debug)]
 pub struct Nodes {
@@ -104,8 +116,11 @@ struct Inner {
     renewed: Option<Moment>,
     /// Counts the times that the record may have expired without this node's doing.
     term: u64,
-    /// Whether another node was alive when the records were last looked at.
-    peers: bool,
+    /// The other nodes that were alive when the records were last looked at, and when that was.
+    peers: Vec<Record>,
+    looked: Option<Moment>,
+    /// When all of them last said that they cannot reach the bucket either.
+    excused: Option<Moment>,
     stopped: bool,
 }
 
@@ -189,8 +204,12 @@ impl Nodes {
         let old = {
             let mut inner = self.inner.lock();
             inner.seen.retain(|node, _| there.iter().any(|record| record.node == *node));
+            if inner.looked.is_some_and(|last| last.elapsed() > self.renew_every() * 2) {
+                inner.seen.values_mut().for_each(|seen| seen.changed = Moment::now());
+            }
+            inner.looked = Some(Moment::now());
             there.into_iter().for_each(|record| inner.see(record));
-            inner.peers = inner.seen.values().any(Seen::is_alive);
+            inner.peers = inner.seen.values().filter(|seen| seen.is_alive()).map(|seen| seen.record.clone()).collect();
             let old = inner.seen.iter().filter(|(_, seen)| seen.changed.elapsed() > FORGET_AFTER);
             old.map(|(node, _)| *node).collect::<Vec<_>>()
         };
@@ -223,7 +242,23 @@ impl Nodes {
 
     /// Whether another node was alive when the records were last looked at.
     pub fn has_peers(&self) -> bool {
-        self.inner.lock().peers
+        !self.inner.lock().peers.is_empty()
+    }
+
+    /// The other nodes that were alive then.
+    pub fn peers(&self) -> Vec<Record> {
+        self.inner.lock().peers.clone()
+    }
+
+    /// Notes what the other nodes said: whether they cannot reach the bucket either.
+    pub fn excuse(&self, cut_off: bool) {
+        self.inner.lock().excused = cut_off.then(Moment::now);
+    }
+
+    /// Whether no other node can have taken over, though this one's record may have expired.
+    pub fn is_excused(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.peers.is_empty() || inner.excused.is_some_and(|said| said.elapsed() < self.ttl / 2)
     }
 
     /// Whether no other node can take this one for dead; and which uninterrupted time that has been so.

@@ -111,6 +111,7 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
     let peers = Peers::new(identity.clone(), settings.data.join("peers"), own_clients, stop.service.clone())
         .map_err(|error| Failure::internal("cannot make a directory for other nodes' sockets", &error))?;
     let peers = Arc::new(peers);
+    service.set_others(peers.clone());
     endpoints.fill(service.clone(), peers.clone());
     let peer_server = PeerServer { identity, service: service.clone(), links, api: api_addr };
     let peer_run = tokio::spawn(peer_server.run(peer_listener, stop.peers.clone()));

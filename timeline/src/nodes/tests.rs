@@ -88,4 +88,16 @@ async fn who_cannot_look_keeps_what_it_knew_of_others() {
         tokio::time::sleep(TTL / 10).await;
     }
     assert!(one.has_peers(), "it cannot know that the other is gone");
+    assert!(!one.is_excused());
+    one.excuse(true);
+    assert!(one.is_excused(), "the other says that the bucket is away");
+    // Nobody can be seen to die by who does not look.
+    tokio::time::sleep(TTL * 2).await;
+    assert!(!one.is_excused(), "what was said is of the past");
+    faulty.cut_off(false);
+    assert!(is_alive(&one, &two).await);
+    while is_alive(&one, &two).await {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    assert!(!one.has_peers() && one.is_excused());
 }

@@ -39,8 +39,8 @@ mod visits;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use ebb_compute::postgres::{DATABASE, OWNER};
@@ -61,7 +61,7 @@ use crate::event::Key;
 use crate::ledger::Ledger;
 use crate::machine::Standing;
 use crate::node::{LayerPolicy, Line, LocalNode, Node};
-use crate::nodes::Nodes;
+use crate::nodes::{Nodes, Others};
 use crate::secrets::SecretStore;
 use crate::state::ProjectState;
 use crate::{Error, Refusal, Result};
@@ -148,6 +148,7 @@ pub struct Service {
     clients: SharedClients,
     node: Arc<dyn Node>,
     nodes: Nodes,
+    others: OnceLock<Arc<dyn Others>>,
     clock: Arc<dyn Clock>,
     catalog: Ledger<Catalog>,
     projects: RwLock<BTreeMap<ProjectId, Arc<Project>>>,
@@ -250,6 +251,7 @@ impl Service {
             clients,
             node,
             nodes,
+            others: OnceLock::new(),
             clock,
             catalog,
             projects: RwLock::default(),

@@ -12,8 +12,8 @@
 //! - A volume is used in the epoch in which it was made, and in no other: another node may have been awake since.
 //! - Before the WAL of an earlier epoch is read, its archive is fenced: whoever was owner can have no commit
 //!   acknowledged at durability `bucket` after that (I1). The first wake of a branch does it, the takeover itself for all.
-//! - A node that others may take for dead, and that knows of others, serves nothing and stops its computes. A lone node
-//!   goes on while the bucket is away: nobody can take over.
+//! - A node that others may take for dead serves nothing and stops its computes. It goes on while it is alone, or all others
+//!   say that the bucket is away for them, too: nobody can take over.
 //!
 //! **Crash.** A takeover is one entry: it happened or not. Fencing what was not fenced yet is part of the next wake.
 //!
@@ -33,7 +33,7 @@ use super::{Caller, Project, Service};
 use crate::api::types as api;
 use crate::event::{Event, Plan};
 use crate::machine::{Compute, ComputeEvent, Standing as Listing};
-use crate::nodes::{Addresses, Record, Standing};
+use crate::nodes::{Addresses, Others, Record, Standing};
 use crate::state::{Owner, ProjectState};
 use crate::{Error, Refusal, Result};
 
@@ -165,7 +165,7 @@ impl Service {
         project.is_ours()
             && match self.nodes.term() {
                 Some(term) => project.term.load(Ordering::Relaxed) == term,
-                None => !self.nodes.has_peers(),
+                None => self.nodes.is_excused(),
             }
     }
 
@@ -321,12 +321,30 @@ impl Service {
         }
     }
 
-    /// Stops everything as soon as other nodes may take this one for dead.
+    /// How to reach other nodes when the bucket is away. Only the first call counts.
+    pub fn set_others(&self, others: Arc<dyn Others>) {
+        let _ = self.others.set(others);
+    }
+
+    /// Whether this node renews its record: then it may take over from others.
+    pub fn is_renewing(&self) -> bool {
+        self.nodes.term().is_some()
+    }
+
+    /// Stops everything as soon as other nodes may take this one for dead: not while they cannot reach the bucket, either.
     pub(super) async fn watch_record_forever(self: &Arc<Self>) {
         let mut isolated = false;
         loop {
             tokio::time::sleep(self.nodes.renew_every() / 4).await;
-            let now = self.nodes.term().is_none() && self.nodes.has_peers();
+            if !self.is_renewing()
+                && self.nodes.has_peers()
+                && let Some(others) = self.others.get()
+            {
+                let peers = self.nodes.peers();
+                let asked = others.are_cut_off(&peers);
+                self.nodes.excuse(tokio::time::timeout(self.nodes.renew_every(), asked).await.unwrap_or(false));
+            }
+            let now = !self.is_renewing() && !self.nodes.is_excused();
             if now && !isolated {
                 tracing::error!("the bucket cannot be reached: other nodes may take over, so all computes are ended");
                 metrics::counter!("ebb_timeline_isolations_total").increment(1);

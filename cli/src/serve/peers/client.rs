@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use ebb_timeline::clients::SharedClients;
-use ebb_timeline::nodes::Record;
+use ebb_timeline::nodes::{Others, Record};
 use ebb_types::{BranchId, NodeId};
 use parking_lot::Mutex;
 use tokio::io::copy_bidirectional;
@@ -294,6 +295,15 @@ impl Peers {
             (mut stream, Reply::Ready) => Ok(copy_bidirectional(&mut client, &mut stream).await.map(drop)?),
             (_, other) => Err(unexpected(other)),
         }
+    }
+}
+
+#[async_trait]
+impl Others for Peers {
+    async fn are_cut_off(&self, nodes: &[Record]) -> bool {
+        let asked = nodes.iter().map(|node| bounded(ANSWER_WITHIN, self.ask(node, &Request::Renewing)));
+        let answers = futures::future::join_all(asked).await;
+        answers.into_iter().all(|answer| matches!(answer, Ok((_, Reply::Renewing { renewing: false }))))
     }
 }
 

@@ -76,6 +76,9 @@ impl PeerServer {
                 };
                 wire::send(&mut stream, &reply).await
             }
+            Request::Renewing => {
+                wire::send(&mut stream, &Reply::Renewing { renewing: self.service.is_renewing() }).await
+            }
             Request::Verifier { branch, role } => {
                 let reply = match self.verifier(branch, &role).await {
                     Ok(verifier) => Reply::Verifier { verifier },

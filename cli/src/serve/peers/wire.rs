@@ -28,6 +28,8 @@ pub enum Request {
     Connect { guest: NodeId, branch: BranchId },
     /// The verifier of a role.
     Verifier { branch: BranchId, role: String },
+    /// Whether the node renews its record.
+    Renewing,
     /// From the answer on, every byte is for the API.
     Api,
     /// From the answer on: orders to the guest, and its news.
@@ -42,6 +44,8 @@ pub enum Reply {
     Ready,
     /// It is awake, in this generation of its computes.
     Awake { generation: u64 },
+    /// Whether it renews its record.
+    Renewing { renewing: bool },
     /// The verifier, if the role may log in.
     Verifier { verifier: Option<String> },
     /// Another node owns it, or is about to: look again.

@@ -1,7 +1,10 @@
 //! Nodes on one bucket, each a machine in memory.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use async_trait::async_trait;
 
 use ebb_storage::object_store::Bucket;
 use ebb_storage::object_store::faulty::{Faults, Faulty};
@@ -208,6 +211,18 @@ async fn a_project_is_handed_over_and_back_with_all_that_it_has() {
     assert_eq!(one.project("shop").unwrap().ledger.verify().await.unwrap().fault, None);
 }
 
+/// Other nodes that all say whether they are cut off.
+#[derive(Debug, Default)]
+struct Says(AtomicBool);
+
+#[async_trait]
+impl Others for Says {
+    async fn are_cut_off(&self, nodes: &[Record]) -> bool {
+        assert!(!nodes.is_empty());
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
 #[tokio::test]
 async fn a_node_that_is_cut_off_stops_everything_unless_it_is_alone() {
     let rig = Rig::new().await;
@@ -235,7 +250,18 @@ async fn a_node_that_is_cut_off_stops_everything_unless_it_is_alone() {
         peer.nodes.renew().await.unwrap();
         tokio::time::sleep(TTL / 20).await;
     }
+    let says = Arc::new(Says::default());
+    service.set_others(says.clone());
+    // The bucket is away for all.
+    says.0.store(true, Ordering::SeqCst);
     faulty.cut_off(true);
+    while service.nodes.term().is_some() {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    tokio::time::sleep(TTL).await;
+    write(&rig, &service, prod, "away for all").await;
+    // The other can reach it again.
+    says.0.store(false, Ordering::SeqCst);
     while rig.node.is_running(prod) {
         tokio::time::sleep(TTL / 20).await;
     }
@@ -245,7 +271,7 @@ async fn a_node_that_is_cut_off_stops_everything_unless_it_is_alone() {
     while service.nodes.term().is_none() {
         tokio::time::sleep(TTL / 20).await;
     }
-    assert_eq!(rows(&rig, &service, prod).await, ["a", "alone"]);
+    assert_eq!(rows(&rig, &service, prod).await, ["a", "alone", "away for all"]);
     stop.cancel();
     run.await.unwrap();
 }
