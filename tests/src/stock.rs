@@ -112,6 +112,26 @@ impl Stock {
         self.dir.path()
     }
 
+    /// Lets nobody in over TCP but with TLS, from its next start on. Its certificate is for `localhost`; answers the
+    /// authority's.
+    pub fn only_with_tls(&self) -> PathBuf {
+        let (crt, key) = (self.data().join("server.crt"), self.data().join("server.key"));
+        // Nothing of the machine's own configuration makes it an authority: it stands for itself.
+        let conf = self.dir.path().join("openssl.cnf");
+        fs::write(&conf, "[req]\ndistinguished_name=dn\n[dn]\n").expect("a file can be written");
+        let mut openssl = unprivileged(Path::new("openssl"));
+        openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
+        openssl.args(["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]).arg("-config").arg(&conf);
+        openssl.arg("-out").arg(&crt).arg("-keyout").arg(&key);
+        let made = openssl.current_dir(self.dir.path()).output().expect("openssl can be started");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let hba = self.data().join("pg_hba.conf");
+        let rules = fs::read_to_string(&hba).expect("rules can be read").replace("\nhost ", "\nhostssl ");
+        fs::write(&hba, rules).expect("rules can be written");
+        fs::write(self.data().join("postgresql.auto.conf"), "ssl = on\n").expect("settings can be written");
+        crt
+    }
+
     /// Starts it, and waits until it answers.
     pub fn begin(&mut self) {
         let options = format!(

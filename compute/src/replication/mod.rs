@@ -7,4 +7,5 @@
 pub(crate) mod backup;
 pub(crate) mod segments;
 pub(crate) mod source;
+mod tls;
 pub(crate) mod wire;

@@ -39,6 +39,10 @@ pub(crate) enum Error {
     Io(#[from] io::Error),
     #[error("postgres refused replication: {message}")]
     Refused { code: String, message: String },
+    #[error("postgres does not do TLS")]
+    NoTls,
+    #[error("TLS failed")]
+    Tls(#[source] io::Error),
     #[error("postgres wants a password")]
     NoPassword,
     #[error("postgres took too long to answer about replication")]

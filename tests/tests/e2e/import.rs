@@ -267,7 +267,26 @@ fn a_role_that_may_not_replicate_is_told_what_it_lacks() {
     refused(&node, &["import", "shop/x", "--from", &url.replace("s3cret", "wrong")], "password", "password");
     stock.psql("postgres", "shop", "alter role shopkeeper password 's3cret'");
     refused(&node, &["import", "shop/x", "--from", &stock.url("shopkeeper", "shop")], "shopkeeper", "REPLICATION");
-    refused(&node, &["import", "shop/x", "--from", "postgres://u@127.0.0.1/x?sslmode=require"], "TLS", "tunnel");
+    refused(&node, &["import", "shop/x", "--from", &format!("{url}?sslmode=require")], "TLS", "ssl = on");
+}
+
+#[test]
+fn a_running_postgres_is_reached_over_tls_verified_or_not() {
+    let mut stock = shop("postgres", &[]);
+    stock.end("fast");
+    let authority = stock.only_with_tls();
+    stock.begin();
+    let node = Node::with_shop();
+    let url = stock.url("postgres", "shop");
+    refused(&node, &["import", "shop/x", "--from", &format!("{url}?sslmode=disable")], "pg_hba.conf", "hostssl");
+    let other = node.data().join("tls/ca.pem");
+    let verify = |roots: &Path| format!("{url}?sslmode=verify-full&sslrootcert={}", text(roots));
+    refused(&node, &["import", "shop/x", "--from", &verify(&other)], "TLS failed", "sslrootcert");
+    node.ok(&["import", "shop/preferred", "--from", &url]);
+    node.ok(&["import", "shop/verified", "--from", &verify(&authority)]);
+    for branch in ["shop/preferred", "shop/verified"] {
+        assert_eq!(node.psql(branch, "select count(*) from items"), "2000");
+    }
 }
 
 #[test]
