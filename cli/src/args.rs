@@ -699,6 +699,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_for_a_branch_by_itself_is_set_with_the_rest_of_its_policy() {
+        let line =
+            "ebb branch set shop/prod --checkpoints hourly=24,weekly=4 --drill-every off --probe a=1 --probe b>=0=t";
+        let args = Args::try_parse_from(line.split(' ')).unwrap();
+        let Command::Branch(BranchCommand::Set { checkpoints, drill_every, probes, no_probes, .. }) = args.command
+        else {
+            panic!("another command")
+        };
+        assert_eq!(checkpoints.map(|schedule| schedule.to_string()).as_deref(), Some("hourly=24,weekly=4"));
+        assert_eq!((drill_every, no_probes), (Some(Duration::ZERO), false));
+        let expect = [("a", "1"), ("b>=0", "t")];
+        assert_eq!(probes.iter().map(|probe| (probe.sql.as_str(), probe.expect.as_str())).collect::<Vec<_>>(), expect);
+        for bad in ["--checkpoints monthly=1", "--drill-every soon", "--probe a", "--probe a=1 --no-probes"] {
+            let line = format!("ebb branch set shop/prod {bad}");
+            assert!(Args::try_parse_from(line.split(' ')).is_err(), "{bad} was taken");
+        }
+    }
+
+    #[test]
     fn a_unit_is_not_a_command_for_people() {
         let unit = Args::try_parse_from(["ebb", "compute", "--branch-dir", "/x"]).unwrap();
         assert!(matches!(unit.command, Command::Compute(ComputeCommand { branch_dir: Some(_), act: None })));
