@@ -19,7 +19,7 @@ use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, SessionRow};
 use crate::decide::Found;
 use crate::event::Replay;
-use crate::node::{Line, Node, Roles, Sealed, Start, Visited};
+use crate::node::{Line, Node, Roles, Sealed, Start, Visited, Visiting};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -215,51 +215,6 @@ impl Node for FakeNode {
         Ok(layer)
     }
 
-    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
-        tokio::task::yield_now().await;
-        let (visit, mut head) = (start.data.branch, start.data.head);
-        self.leave(visit).await?;
-        if let Some(replay) = replay {
-            self.replay(replay, start).await?;
-            head = replay.layer;
-        }
-        self.bring(head).await?;
-        let mut world = self.0.lock();
-        if std::mem::take(&mut world.fail_start) {
-            return Err(ebb_compute::Error::Deadline("starting").into());
-        }
-        world.starts += 1;
-        world.visits.insert(visit, replay.map(|replay| replay.layer));
-        let rows = world.layers[&head].1.clone();
-        let volume =
-            FakeVolume { line: 0, base: start.data.head, rows, dirty: false, running: Some(CancellationToken::new()) };
-        world.volumes.insert(visit, volume);
-        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
-        Ok(Visited { socket, roles, layer: head })
-    }
-
-    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
-        Ok(BTreeMap::new())
-    }
-
-    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
-        Ok(String::new())
-    }
-
-    async fn leave(&self, visit: BranchId) -> Result<()> {
-        self.discard(visit).await?;
-        let mut world = self.0.lock();
-        world.volumes.remove(&visit);
-        if let Some(Some(layer)) = world.visits.remove(&visit) {
-            world.layers.remove(&layer);
-        }
-        Ok(())
-    }
-
-    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
-        Ok(self.0.lock().visits.keys().copied().collect())
-    }
-
     async fn discard(&self, branch: BranchId) -> Result<()> {
         if let Some(running) = self.0.lock().volumes.get_mut(&branch).and_then(|volume| volume.running.take()) {
             running.cancel();
@@ -400,6 +355,54 @@ impl Node for FakeNode {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
         let world = self.0.lock();
         Ok(world.volumes.get(&branch).map_or(0, |volume| u64::from(volume.dirty)))
+    }
+}
+
+#[async_trait]
+impl Visiting for FakeNode {
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
+        tokio::task::yield_now().await;
+        let (visit, mut head) = (start.data.branch, start.data.head);
+        self.leave(visit).await?;
+        if let Some(replay) = replay {
+            self.replay(replay, start).await?;
+            head = replay.layer;
+        }
+        self.bring(head).await?;
+        let mut world = self.0.lock();
+        if std::mem::take(&mut world.fail_start) {
+            return Err(ebb_compute::Error::Deadline("starting").into());
+        }
+        world.starts += 1;
+        world.visits.insert(visit, replay.map(|replay| replay.layer));
+        let rows = world.layers[&head].1.clone();
+        let volume =
+            FakeVolume { line: 0, base: start.data.head, rows, dirty: false, running: Some(CancellationToken::new()) };
+        world.volumes.insert(visit, volume);
+        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
+        Ok(Visited { socket, roles, layer: head })
+    }
+
+    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
+        Ok(String::new())
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        self.discard(visit).await?;
+        let mut world = self.0.lock();
+        world.volumes.remove(&visit);
+        if let Some(Some(layer)) = world.visits.remove(&visit) {
+            world.layers.remove(&layer);
+        }
+        Ok(())
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        Ok(self.0.lock().visits.keys().copied().collect())
     }
 }
 
