@@ -16,7 +16,7 @@ use ebb_compute::control::{Durability, Status};
 use ebb_compute::manager::{ArchiveSpec, Unit, UnitSpec};
 use ebb_compute::postgres::{self, Installation, OWNER};
 use ebb_storage::archive::{Archive, Owner};
-use ebb_storage::layer::{FilePages, Manifest};
+use ebb_storage::layer::Manifest;
 use ebb_storage::node::NodeStore;
 use ebb_storage::object_store::{Bucket, BucketAt, Put};
 pub use ebb_storage::volume::Sealed;
@@ -39,7 +39,7 @@ mod pending;
 mod replay;
 mod visit;
 
-pub use visit::Visited;
+pub use visit::{Visited, Visiting};
 
 pub(crate) use dump::remove_unfinished_dump;
 pub(crate) use import::remove_import_stages;
@@ -84,7 +84,7 @@ pub struct Start {
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
 #[async_trait]
-pub trait Node: drill::Drills + Debug + Send + Sync + 'static {
+pub trait Node: drill::Drills + Visiting + Debug + Send + Sync + 'static {
     /// The newest installed major version of Postgres, or the wanted one if it is installed.
     fn pg_major(&self, wanted: Option<u32>) -> Result<u32>;
 
@@ -118,25 +118,6 @@ pub trait Node: drill::Drills + Debug + Send + Sync + 'static {
 
     /// Makes the layer of a moment between seals, complete on this node: a position that all its WAL lies before.
     async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>>;
-
-    /// Opens an image for reading only, in a directory of its own that `start` names: its head as it is, or as a replay
-    /// from there leads to another moment; `shut` wants it on a layer in which nothing is open. What an earlier try left
-    /// there is removed first.
-    async fn visit(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited>;
-
-    /// Ends a visit, if it is open, and removes all that it left.
-    async fn leave(&self, visit: BranchId) -> Result<()>;
-
-    /// The visits that this machine has anything of.
-    async fn visits(&self) -> Result<BTreeSet<BranchId>>;
-
-    /// The files of databases in two layers in which nothing is open, by path, and which of them hold the same rows, because
-    /// no page of them differs and every page is from before a moment at which nothing was open either: then who is seen to
-    /// have committed is the same, too.
-    async fn same_files(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>>;
-
-    /// The definitions in a database of a server that answers, as `pg_dump` writes them.
-    async fn dump_schema(&self, pg_major: u32, socket: &Path, database: &str) -> Result<String>;
 
     /// Ends the compute, if one runs, without sealing.
     async fn discard(&self, branch: BranchId) -> Result<()>;
@@ -666,27 +647,6 @@ impl Node for LocalNode {
 
     async fn replay(&self, replay: &Replay, like: &Start) -> Result<Option<Lsn>> {
         self.replay_here(replay, like).await
-    }
-
-    async fn visit(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited> {
-        self.visit_here(start, replay, shut).await
-    }
-
-    async fn same_files(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>> {
-        self.same_files_here(from, to).await
-    }
-
-    async fn dump_schema(&self, pg_major: u32, socket: &Path, database: &str) -> Result<String> {
-        let installation = self.installation(pg_major)?;
-        Ok(postgres::dump_schema(&installation, socket, database).await?)
-    }
-
-    async fn leave(&self, visit: BranchId) -> Result<()> {
-        self.leave_here(visit).await
-    }
-
-    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
-        self.visits_here().await
     }
 
     async fn discard(&self, branch: BranchId) -> Result<()> {

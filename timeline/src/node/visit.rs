@@ -15,11 +15,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use ebb_compute::manager::{CANNOT_STAY, Recovery, Unit, Until};
-use ebb_storage::layer::{FilePages, same_files};
+use ebb_compute::postgres;
+use ebb_storage::layer::{self, FilePages};
 use ebb_types::{BranchId, LayerId};
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +59,29 @@ pub struct Visited {
     pub layer: LayerId,
 }
 
+/// What visits need of a machine. Every method may be called again after it failed or was cut off.
+#[async_trait]
+pub trait Visiting {
+    /// Opens an image for reading only, in a directory of its own that `start` names: its head as it is, or as a replay
+    /// from there leads to another moment; `shut` wants it on a layer in which nothing is open. What an earlier try left
+    /// there is removed first.
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited>;
+
+    /// Ends a visit, if it is open, and removes all that it left.
+    async fn leave(&self, visit: BranchId) -> Result<()>;
+
+    /// The visits that this machine has anything of.
+    async fn visits(&self) -> Result<BTreeSet<BranchId>>;
+
+    /// The files of databases in two layers in which nothing is open, by path, and which of them hold the same rows, because
+    /// no page of them differs and every page is from before a moment at which nothing was open either: then who is seen to
+    /// have committed is the same, too.
+    async fn same_files(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>>;
+
+    /// The definitions in a database of a server that answers, as `pg_dump` writes them.
+    async fn dump_schema(&self, pg_major: u32, socket: &Path, database: &str) -> Result<String>;
+}
+
 /// What a file in [`MARKS`] holds.
 #[derive(Debug, Serialize, Deserialize)]
 struct Mark {
@@ -64,10 +89,11 @@ struct Mark {
     layer: LayerId,
 }
 
-impl LocalNode {
-    pub(super) async fn visit_here(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited> {
+#[async_trait]
+impl Visiting for LocalNode {
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, shut: bool) -> Result<Visited> {
         let visit = start.data.branch;
-        self.leave_here(visit).await?;
+        self.leave(visit).await?;
         self.make_openable(start.data.head).await?;
         let layer = replay.map_or_else(LayerId::generate, |replay| replay.layer);
         let mark = serde_json::to_vec(&Mark { layer }).expect("a mark is plain data");
@@ -102,6 +128,56 @@ impl LocalNode {
         Ok(Visited { socket, roles, layer })
     }
 
+    async fn same_files(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        let (from, to) = (self.store.manifest(from).await?, self.store.manifest(to).await?);
+        let ours: HashSet<LayerId> = from.chain.iter().copied().collect();
+        let mut settled = HashSet::new();
+        for &common in to.chain.iter().rev().filter(|layer| ours.contains(layer)) {
+            if let Some(manifest) = self.manifest(common).await?.filter(|manifest| manifest.image.clean) {
+                settled = manifest.chain.into_iter().collect();
+                break;
+            }
+        }
+        Ok(layer::same_files(&from, &to, "base", &settled))
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        let mark = self.data_dir.join(MARKS).join(visit.to_string());
+        let bytes = match fs::read(&mark) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).on("read", &mark),
+        };
+        self.discard(visit).await?;
+        self.remove_branch(visit).await?;
+        // One that cannot be read was never written to its end, and nothing was made after it.
+        if let Ok(Mark { layer }) = serde_json::from_slice(&bytes) {
+            self.store.remove_local(layer).await?;
+        }
+        files::remove_file(&mark)
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        let marks = self.data_dir.join(MARKS);
+        let entries = match fs::read_dir(&marks) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Err(error) => return Err(error).on("list", &marks),
+        };
+        let mut visits = BTreeSet::new();
+        for entry in entries {
+            let name = entry.on("list", &marks)?.file_name();
+            visits.extend(name.to_str().and_then(|name| name.parse::<BranchId>().ok()));
+        }
+        Ok(visits)
+    }
+
+    async fn dump_schema(&self, pg_major: u32, socket: &Path, database: &str) -> Result<String> {
+        Ok(postgres::dump_schema(&self.installation(pg_major)?, socket, database).await?)
+    }
+}
+
+impl LocalNode {
     /// Lets Postgres recover to the moment, go on and shut down, and stays on the layer that this makes. Nothing is open in it,
     /// and what was changed on the way is in its pages.
     async fn stay_on_shut(&self, start: &Start, replay: Option<&Replay>, layer: LayerId) -> Result<(Unit, LayerId)> {
@@ -132,55 +208,10 @@ impl LocalNode {
         let _turn = self.turn(visit).await;
         Ok(Unit::start(&self.exe, &spec).await?)
     }
-
-    /// See [`Node::same_files`](super::Node::same_files).
-    pub(super) async fn same_files_here(&self, from: LayerId, to: LayerId) -> Result<BTreeMap<String, FilePages>> {
-        let (from, to) = (self.store.manifest(from).await?, self.store.manifest(to).await?);
-        let ours: HashSet<LayerId> = from.chain.iter().copied().collect();
-        let mut settled = HashSet::new();
-        for &common in to.chain.iter().rev().filter(|layer| ours.contains(layer)) {
-            if let Some(manifest) = self.manifest(common).await?.filter(|manifest| manifest.image.clean) {
-                settled = manifest.chain.into_iter().collect();
-                break;
-            }
-        }
-        Ok(same_files(&from, &to, "base", &settled))
-    }
-
-    pub(super) async fn leave_here(&self, visit: BranchId) -> Result<()> {
-        let mark = self.data_dir.join(MARKS).join(visit.to_string());
-        let bytes = match fs::read(&mark) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error).on("read", &mark),
-        };
-        self.discard(visit).await?;
-        self.remove_branch(visit).await?;
-        // One that cannot be read was never written to its end, and nothing was made after it.
-        if let Ok(Mark { layer }) = serde_json::from_slice(&bytes) {
-            self.store.remove_local(layer).await?;
-        }
-        files::remove_file(&mark)
-    }
-
-    pub(super) async fn visits_here(&self) -> Result<BTreeSet<BranchId>> {
-        let marks = self.data_dir.join(MARKS);
-        let entries = match fs::read_dir(&marks) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
-            Err(error) => return Err(error).on("list", &marks),
-        };
-        let mut visits = BTreeSet::new();
-        for entry in entries {
-            let name = entry.on("list", &marks)?.file_name();
-            visits.extend(name.to_str().and_then(|name| name.parse::<BranchId>().ok()));
-        }
-        Ok(visits)
-    }
 }
 
 /// Waits until the server is at its moment; who may log in there.
-async fn arrive(socket: &std::path::Path) -> Result<BTreeSet<String>> {
+async fn arrive(socket: &Path) -> Result<BTreeSet<String>> {
     let session = Session::open_as_superuser(socket).await?;
     let deadline = Instant::now() + ARRIVE_DEADLINE;
     while !session.ask::<bool>(ARRIVED).await?.first().copied().unwrap_or(false) {

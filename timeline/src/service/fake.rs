@@ -21,7 +21,7 @@ use crate::decide::Found;
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
 use crate::node::drill::{Drills, Order};
-use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited};
+use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited, Visiting};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -243,57 +243,6 @@ impl Node for FakeNode {
             running.cancel();
         }
         Ok(layer)
-    }
-
-    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
-        tokio::task::yield_now().await;
-        let (visit, mut head) = (start.data.branch, start.data.head);
-        self.leave(visit).await?;
-        if let Some(replay) = replay {
-            self.replay(replay, start).await?;
-            head = replay.layer;
-        }
-        self.bring(head).await?;
-        let mut world = self.0.lock();
-        if std::mem::take(&mut world.fail_start) {
-            return Err(ebb_compute::Error::Deadline("starting").into());
-        }
-        world.starts += 1;
-        world.visits.insert(visit, replay.map(|replay| replay.layer));
-        let rows = world.layers[&head].1.clone();
-        let volume = FakeVolume {
-            line: 0,
-            epoch: 0,
-            base: start.data.head,
-            rows,
-            dirty: false,
-            running: Some(CancellationToken::new()),
-        };
-        world.volumes.insert(visit, volume);
-        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
-        Ok(Visited { socket, roles, layer: head })
-    }
-
-    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
-        Ok(BTreeMap::new())
-    }
-
-    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
-        Ok(String::new())
-    }
-
-    async fn leave(&self, visit: BranchId) -> Result<()> {
-        self.discard(visit).await?;
-        let mut world = self.0.lock();
-        world.volumes.remove(&visit);
-        if let Some(Some(layer)) = world.visits.remove(&visit) {
-            world.layers.remove(&layer);
-        }
-        Ok(())
-    }
-
-    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
-        Ok(self.0.lock().visits.keys().copied().collect())
     }
 
     async fn discard(&self, branch: BranchId) -> Result<()> {
@@ -545,6 +494,60 @@ impl Drills for FakeNode {
 
     async fn image_bytes(&self, layer: LayerId) -> Result<Option<u64>> {
         Ok(self.0.lock().layers.get(&layer).map(|(_, rows)| rows.len() as u64 * 1000))
+    }
+}
+
+#[async_trait]
+impl Visiting for FakeNode {
+    async fn visit(&self, start: &Start, replay: Option<&Replay>, _: bool) -> Result<Visited> {
+        tokio::task::yield_now().await;
+        let (visit, mut head) = (start.data.branch, start.data.head);
+        self.leave(visit).await?;
+        if let Some(replay) = replay {
+            self.replay(replay, start).await?;
+            head = replay.layer;
+        }
+        self.bring(head).await?;
+        let mut world = self.0.lock();
+        if std::mem::take(&mut world.fail_start) {
+            return Err(ebb_compute::Error::Deadline("starting").into());
+        }
+        world.starts += 1;
+        world.visits.insert(visit, replay.map(|replay| replay.layer));
+        let rows = world.layers[&head].1.clone();
+        let volume = FakeVolume {
+            line: 0,
+            epoch: 0,
+            base: start.data.head,
+            rows,
+            dirty: false,
+            running: Some(CancellationToken::new()),
+        };
+        world.volumes.insert(visit, volume);
+        let (socket, roles) = (PathBuf::from(format!("/{visit}")), BTreeSet::from(["app".to_owned()]));
+        Ok(Visited { socket, roles, layer: head })
+    }
+
+    async fn same_files(&self, _: LayerId, _: LayerId) -> Result<BTreeMap<String, FilePages>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn dump_schema(&self, _: u32, _: &Path, _: &str) -> Result<String> {
+        Ok(String::new())
+    }
+
+    async fn leave(&self, visit: BranchId) -> Result<()> {
+        self.discard(visit).await?;
+        let mut world = self.0.lock();
+        world.volumes.remove(&visit);
+        if let Some(Some(layer)) = world.visits.remove(&visit) {
+            world.layers.remove(&layer);
+        }
+        Ok(())
+    }
+
+    async fn visits(&self) -> Result<BTreeSet<BranchId>> {
+        Ok(self.0.lock().visits.keys().copied().collect())
     }
 }
 

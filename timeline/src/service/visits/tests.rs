@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::clients::Activity;
-use crate::node::Node as _;
+use crate::node::Visiting as _;
 use crate::service::Caller;
 use crate::service::fake::Rig;
 
