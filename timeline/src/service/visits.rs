@@ -11,7 +11,7 @@
 //! **Passwords** are those of the branch's head, always: one that was revoked since does not open the past, and none has to
 //! be looked for in an image that does not exist yet. Who did not exist then, or was a superuser, is not let in either.
 //!
-//! **Crash.** A machine knows its visits by marks ([`crate::node::Node::visits`]); what has a mark and no name here is
+//! **Crash.** A machine knows its visits by marks ([`crate::node::Visiting::visits`]); what has a mark and no name here is
 //! removed, at the start of the service as at any other time. Only one task ever removes.
 
 use std::collections::HashMap;
