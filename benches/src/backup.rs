@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::Common;
 use crate::native::Native;
 use crate::node::{Node, settings_of, wait_for};
-use crate::pgbench::{self, over_socket};
+use crate::pgbench::{self, over_socket, psql};
 use crate::stats::{Samples, heading, report};
 
 const DAYS: usize = 30;
@@ -120,7 +120,7 @@ impl Sides {
         let name = format!("restored-{round}");
         self.node.post("/v1/projects/bench/branches", &json!({"name": name, "from": "bench/prod@full"}))?;
         let socket = self.node.wake(&name)?;
-        probe(&self.common, &over_socket(&socket, "app"))?;
+        psql(&self.common, &over_socket(&socket, "app"), PROBE)?;
         let took = begun.elapsed();
         self.node.suspend(&name)?;
         Ok(took)
@@ -139,7 +139,7 @@ impl Sides {
         ])?;
         let mut restored = Native::at(&self.common, vec![("archive_mode".to_owned(), "off".to_owned())], dir.path());
         restored.start()?;
-        probe(&self.common, &over_socket(restored.socket_dir(), "postgres"))?;
+        psql(&self.common, &over_socket(restored.socket_dir(), "postgres"), PROBE)?;
         let took = begun.elapsed();
         restored.stop()?;
         Ok(took)
@@ -186,17 +186,6 @@ impl Sides {
         })?;
         Ok((bytes_below(&self.node.data.join("bucket"))?, bytes_below(&self.repository.path().join("repo"))?))
     }
-}
-
-fn probe(common: &Common, target: &[String]) -> Result<()> {
-    psql(common, target, PROBE)
-}
-
-fn psql(common: &Common, target: &[String], sql: &str) -> Result<()> {
-    let mut command = Command::new(common.pg_bin.join("psql"));
-    let status = command.args(["-Xq", "-o", "/dev/null", "-c", sql]).args(target).status()?;
-    ensure!(status.success(), "{sql} failed");
-    Ok(())
 }
 
 fn chown(dir: &Path) -> Result<()> {

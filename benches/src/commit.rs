@@ -7,13 +7,13 @@
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::json;
 
 use crate::Common;
 use crate::native::Native;
 use crate::node::{Node, settings_of, wait_for};
-use crate::pgbench::{self, Round, over_socket};
+use crate::pgbench::{self, Round, over_socket, psql};
 use crate::stats::{Samples, heading, report};
 
 const SCRIPT: &str = "insert into commits values (:client_id, random());\n";
@@ -74,13 +74,6 @@ pub fn run(common: &Common) -> Result<()> {
     psql(common, &waiting_at, "alter system reset synchronous_standby_names")?;
     psql(common, &waiting_at, "select pg_reload_conf()")?;
     drop(receiver);
-    Ok(())
-}
-
-fn psql(common: &Common, target: &[String], sql: &str) -> Result<()> {
-    let status =
-        Command::new(common.pg_bin.join("psql")).args(["-Xq", "-o", "/dev/null", "-c", sql]).args(target).status()?;
-    ensure!(status.success(), "{sql} failed");
     Ok(())
 }
 

@@ -46,6 +46,14 @@ pub fn round(common: &Common, target: &[String], script: &[&str], clients: u32) 
     Ok(Round { tps: number("tps = ")?, latency_ms: number("latency average = ")? })
 }
 
+/// Runs a statement, and does not show what it answers.
+pub fn psql(common: &Common, target: &[String], sql: &str) -> Result<()> {
+    let mut command = Command::new(common.pg_bin.join("psql"));
+    let status = command.args(["-Xq", "-o", "/dev/null", "-c", sql]).args(target).status()?;
+    ensure!(status.success(), "{sql} failed");
+    Ok(())
+}
+
 /// Arguments to reach a database over a private socket as superuser.
 pub fn over_socket(dir: &Path, database: &str) -> Vec<String> {
     vec!["-h".into(), dir.display().to_string(), "-U".into(), "postgres".into(), database.into()]
