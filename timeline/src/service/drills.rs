@@ -6,7 +6,6 @@
 //!
 //! **Crash.** The next start removes what is left ([`crate::node::drill::Drills::end_drills`]), and undoes the operation.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -129,7 +128,7 @@ impl Service {
     /// Brings to the bucket what is still on its way there, and reads there what is to be restored; and how many entries
     /// that took.
     async fn prepare(&self, project: &Arc<Project>, plan: &Plan) -> Result<(Order, usize)> {
-        let Plan::Drill { branch, point, layer, replay, scratch, probes } = plan else { return Err(other_act(plan)) };
+        let Plan::Drill { branch, point, replay, scratch, probes, .. } = plan else { return Err(other_act(plan)) };
         let current = project.line(*branch)?;
         let is_of_now = match replay {
             None => *point == Point::Head,
@@ -138,15 +137,10 @@ impl Service {
         if is_of_now && self.is_awake(project, *branch) {
             self.node.ship(*branch).await?;
         }
-        // The head may have moved since the operation began; then both are there.
-        let head = Some(current.head).filter(|_| *point == Point::Head);
-        let wanted: HashSet<LayerId> =
-            head.into_iter().chain(*layer).chain(replay.as_ref().map(|replay| replay.base)).collect();
-        for layer in wanted {
-            self.upload_chain(layer).await?;
-        }
         let (state, entries) = self.state_in_bucket(project).await?;
         let order = order(&state, plan, *scratch, probes)?;
+        // It may have been sealed a moment ago.
+        self.upload_chain(order.base()).await?;
         self.check_room(order.base()).await?;
         Ok((order, entries))
     }
