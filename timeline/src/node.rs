@@ -29,11 +29,12 @@ use tokio::sync::OwnedMutexGuard;
 use crate::artifact::Migration;
 use crate::decide::Found;
 use crate::error::LocalContext as _;
-use crate::event::{Dump, Replay};
+use crate::event::Replay;
 use crate::{Error, Refusal, Result, files, migrate};
 
 pub mod drill;
 mod dump;
+mod foreign;
 mod import;
 mod pending;
 mod replay;
@@ -42,6 +43,7 @@ mod visit;
 pub use visit::{Visited, Visiting};
 
 pub(crate) use dump::remove_unfinished_dump;
+pub use foreign::Foreign;
 pub(crate) use import::remove_import_stages;
 pub use import::{ImportFrom, ImportJob, ImportRequest};
 
@@ -84,7 +86,7 @@ pub struct Start {
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
 #[async_trait]
-pub trait Node: drill::Drills + Visiting + Debug + Send + Sync + 'static {
+pub trait Node: drill::Drills + Foreign + Visiting + Debug + Send + Sync + 'static {
     /// The newest installed major version of Postgres, or the wanted one if it is installed.
     fn pg_major(&self, wanted: Option<u32>) -> Result<u32>;
 
@@ -149,9 +151,6 @@ pub trait Node: drill::Drills + Visiting + Debug + Send + Sync + 'static {
     /// Writes a layer's image out as a plain data directory: its bytes.
     async fn export(&self, layer: LayerId, dir: &Path) -> Result<u64>;
 
-    /// Writes a database of a layer's image as pg_dump does, by way of a compute that is gone when this returns.
-    async fn dump(&self, dump: &Dump, like: &Start, to: &Path) -> Result<()>;
-
     /// The layers of a chain that this node might have to upload, oldest first: empty if the layer is not local.
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>>;
 
@@ -185,21 +184,6 @@ pub trait Node: drill::Drills + Visiting + Debug + Send + Sync + 'static {
 
     /// Bytes that the branch's volume has on disk beyond its newest seal.
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64>;
-
-    /// Finds what is to be imported, and the major version it needs, if it needs one.
-    async fn import_look(&self, request: &ImportRequest) -> Result<(ImportFrom, Option<u32>)>;
-
-    /// Brings it to this node: a data directory that was shut down; or, of a dump, a compute that it was restored into.
-    async fn import_copy(&self, job: &ImportJob) -> Result<()>;
-
-    /// Checks the data directory, and makes it one of Ebb's.
-    async fn import_settle(&self, job: &ImportJob) -> Result<()>;
-
-    /// Makes the layer, complete on this node: a position that all its WAL lies before, where known.
-    async fn import_seal(&self, job: &ImportJob) -> Result<Option<Lsn>>;
-
-    /// Removes what an import used on this node; and the layer it made, if that is of no use either.
-    async fn import_leave(&self, scratch: BranchId, layer: Option<LayerId>) -> Result<()>;
 }
 
 /// How this machine keeps layers.
@@ -723,10 +707,6 @@ impl Node for LocalNode {
         blocking("counting an export", move || files::tree_bytes(&dir)).await
     }
 
-    async fn dump(&self, dump: &Dump, like: &Start, to: &Path) -> Result<()> {
-        self.dump_beside(dump, like, to).await
-    }
-
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
         self.settle(layer).await?;
         Ok(self.manifest(layer).await?.map(|manifest| manifest.chain).unwrap_or_default())
@@ -797,26 +777,6 @@ impl Node for LocalNode {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
         let dir = self.branch_dir(branch);
         blocking("measuring a volume", move || Ok(ebb_storage::node::upper_bytes(&dir)?)).await
-    }
-
-    async fn import_look(&self, request: &ImportRequest) -> Result<(ImportFrom, Option<u32>)> {
-        self.look_at_import(request).await
-    }
-
-    async fn import_copy(&self, job: &ImportJob) -> Result<()> {
-        self.copy_import(job).await
-    }
-
-    async fn import_settle(&self, job: &ImportJob) -> Result<()> {
-        self.settle_import(job).await
-    }
-
-    async fn import_seal(&self, job: &ImportJob) -> Result<Option<Lsn>> {
-        self.seal_import(job).await
-    }
-
-    async fn import_leave(&self, scratch: BranchId, layer: Option<LayerId>) -> Result<()> {
-        self.leave_import(scratch, layer).await
     }
 }
 

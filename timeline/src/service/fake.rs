@@ -21,7 +21,7 @@ use crate::decide::Found;
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
 use crate::node::drill::{Drills, Order};
-use crate::node::{ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited, Visiting};
+use crate::node::{Foreign, ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited, Visiting};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -336,11 +336,6 @@ impl Node for FakeNode {
         Ok(text.len() as u64)
     }
 
-    async fn dump(&self, dump: &Dump, like: &Start, to: &Path) -> Result<()> {
-        assert!(!self.is_running(dump.scratch), "two computes in one directory");
-        self.export(like.data.head, to).await.map(drop)
-    }
-
     async fn chain(&self, layer: LayerId) -> Result<Vec<LayerId>> {
         Ok(self.0.lock().layers.get(&layer).map(|(chain, _)| chain.clone()).unwrap_or_default())
     }
@@ -400,6 +395,14 @@ impl Node for FakeNode {
     async fn unsealed_bytes(&self, branch: BranchId) -> Result<u64> {
         let world = self.0.lock();
         Ok(world.volumes.get(&branch).map_or(0, |volume| u64::from(volume.dirty)))
+    }
+}
+
+#[async_trait]
+impl Foreign for FakeNode {
+    async fn dump(&self, dump: &Dump, like: &Start, to: &Path) -> Result<()> {
+        assert!(!self.is_running(dump.scratch), "two computes in one directory");
+        self.export(like.data.head, to).await.map(drop)
     }
 
     async fn import_look(&self, request: &ImportRequest) -> Result<(ImportFrom, Option<u32>)> {
