@@ -63,6 +63,7 @@ struct Sides {
     node: Node,
     socket: PathBuf,
     native: Native,
+    settings: Vec<(String, String)>,
     repository: tempfile::TempDir,
     made: usize,
 }
@@ -78,7 +79,7 @@ impl Sides {
         settings.push(("archive_mode".to_owned(), "on".to_owned()));
         let archive = format!("pgbackrest --config={} --stanza={STANZA} archive-push %p", config.display());
         settings.push(("archive_command".to_owned(), archive));
-        let mut native = Native::create(common, settings)?;
+        let mut native = Native::create(common, settings.clone())?;
         let text = format!(
             "[global]\nrepo1-path={0}/repo\nlog-path={0}/log\nspool-path={0}/spool\nlock-path={0}/lock\ncompress-type=zst\n\
              process-max=2\nstart-fast=y\nlog-level-console=off\n\n[{STANZA}]\npg1-path={1}\npg1-socket-path={2}\npg1-user=postgres\n",
@@ -90,7 +91,7 @@ impl Sides {
         native.start()?;
         pgbench::initialise(common, &over_socket(&socket, "app"), scale)?;
         pgbench::initialise(common, &over_socket(native.socket_dir(), "postgres"), scale)?;
-        let sides = Self { common: common.clone(), node, socket, native, repository, made: 0 };
+        let sides = Self { common: common.clone(), node, socket, native, settings, repository, made: 0 };
         sides.pgbackrest(&["stanza-create"])?;
         Ok(sides)
     }
@@ -137,7 +138,9 @@ impl Sides {
             "--type=immediate",
             "--target-action=promote",
         ])?;
-        let mut restored = Native::at(&self.common, vec![("archive_mode".to_owned(), "off".to_owned())], dir.path());
+        // What a server that replays must have as much of as its source had; and its WAL is its own.
+        let settings = [&self.settings[..], &[("archive_mode".to_owned(), "off".to_owned())]].concat();
+        let mut restored = Native::at(&self.common, settings, dir.path());
         restored.start()?;
         psql(&self.common, &over_socket(restored.socket_dir(), "postgres"), PROBE)?;
         let took = begun.elapsed();

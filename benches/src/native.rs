@@ -84,7 +84,12 @@ impl Native {
     pub fn start(&mut self) -> Result<()> {
         self.spawn()?;
         let socket = self.socket_dir().join(".s.PGSQL.5432");
-        wait_for("postgres", || std::os::unix::net::UnixStream::connect(&socket).is_ok())?;
+        wait_for("postgres", || {
+            let ended = self.running.as_mut().and_then(|server| server.try_wait().ok()).flatten();
+            ended.is_some() || std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        })?;
+        let ended = self.running.as_mut().and_then(|server| server.try_wait().ok()).flatten();
+        ensure!(ended.is_none(), "postgres ended: {}", std::fs::read_to_string(self.dir.join("log"))?);
         let dir = self.dir.clone();
         let ready = self.pg_bin.join("pg_isready");
         wait_for("postgres", || {
