@@ -412,7 +412,7 @@ impl Service {
             if let Err(error) = self.recover_one(project, *op, operation).await {
                 self.report("recovering an operation", &error);
             }
-            self.delete_if_never_made(&project).await;
+            self.delete_if_never_made(project).await;
         }
     }
 

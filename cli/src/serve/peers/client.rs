@@ -31,6 +31,9 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// LIMIT: a wake that takes longer has failed.
 const WAKE_WITHIN: Duration = Duration::from_secs(60);
 
+/// LIMIT: longer than branches stay awake that nobody uses. A wake begins it anew.
+const TOLD_FOR: Duration = Duration::from_secs(3600);
+
 /// Why another node's answer was not had.
 #[derive(Debug)]
 pub enum Unreached {
@@ -249,14 +252,17 @@ impl Peers {
         }
     }
 
+    /// What clients of the owner's branches are doing; those that nobody has used for long are told no more.
     fn activity(&self, link: &GuestLink) -> Vec<BranchNews> {
-        let branches = link.branches.lock().clone();
-        let of = |branch| {
+        let mut news = Vec::new();
+        link.branches.lock().retain(|&branch| {
             let seen = self.clients.activity(branch);
+            let is_used = seen.sessions > 0 || seen.idle_for.is_none_or(|idle| idle < TOLD_FOR);
             let idle_ms = seen.idle_for.map(|idle| u64::try_from(idle.as_millis()).unwrap_or(u64::MAX));
-            BranchNews { branch, idle_ms, busy: seen.busy, sessions: self.clients.sessions(branch) }
-        };
-        branches.into_iter().map(of).collect()
+            news.push(BranchNews { branch, idle_ms, busy: seen.busy, sessions: self.clients.sessions(branch) });
+            is_used
+        });
+        news
     }
 
     /// A Unix socket behind which the owner's Postgres is.
