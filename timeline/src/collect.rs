@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use ebb_types::{BranchId, LayerId, ProjectId, ProjectName, Timestamp};
+use ebb_types::{BranchId, LayerId, NodeId, ProjectId, ProjectName, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Entry, Fold};
@@ -45,6 +45,8 @@ pub enum Object {
     Receipt,
     /// A piece of the WAL archive of a branch's line.
     Wal(BranchId, u64),
+    /// The record of a node.
+    Node(NodeId),
     /// Something that this version has no rule for.
     Other,
 }
@@ -62,6 +64,7 @@ impl Object {
             (Some("templates"), Some(major), None, _) => Some(Object::Template(major.to_owned())),
             (Some("catalog"), Some(_), None, _) => Some(Object::Catalog),
             (Some(COLLECT), Some(_), None, _) => Some(Object::Receipt),
+            (Some("nodes"), Some(id), None, _) => id.parse().ok().map(Object::Node),
             (Some("wal"), Some(branch), Some(line), Some(_)) => {
                 branch.parse().ok().zip(line.parse().ok()).map(|(branch, line)| Object::Wal(branch, line))
             }
@@ -270,6 +273,7 @@ mod tests {
             ("templates/15".to_owned(), Object::Template("15".to_owned())),
             ("catalog/00000000000000000000".to_owned(), Object::Catalog),
             ("collect/00000000000000000000".to_owned(), Object::Receipt),
+            (format!("nodes/{}", NodeId::for_test(3)), Object::Node(NodeId::for_test(3))),
             (format!("wal/{branch}/3/0000000001/00000000000000000007"), Object::Wal(branch, 3)),
             (format!("wal/{branch}/3"), Object::Other),
             ("layers/other".to_owned(), Object::Other),

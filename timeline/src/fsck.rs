@@ -388,7 +388,7 @@ impl BucketCheck<'_> {
                 Object::Secret(project) => catalog.projects.contains_key(project),
                 Object::Wal(branch, _) => known.branches.contains_key(branch),
                 Object::Template(major) => major.parse::<u32>().is_ok(),
-                Object::Catalog | Object::Receipt | Object::Boot(_) => true,
+                Object::Catalog | Object::Receipt | Object::Boot(_) | Object::Node(_) => true,
                 Object::Other => false,
             };
             if !kept {

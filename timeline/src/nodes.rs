@@ -1,7 +1,7 @@
 //! The nodes on one bucket: each announces itself with a record that it renews; one that is not renewed has expired.
 //!
 //! ```text
-//! nodes/<node id>     {"node":"nd_…","name":"…","run":…,"beat":…,"ttl_ms":…,"stopped":false,"api":…,"peer":…}
+//! nodes/<node id>     {"node":"nd_…","name":"…","run":…,"beat":…,"ttl_ms":…,"stopped":false,"api":…,"peer":…} <blake3>
 //! ```
 //!
 //! **No clocks are compared.** A record has a counter, and whoever looks remembers when it last saw that change, by a
@@ -34,6 +34,9 @@ use crate::{Error, Result, files};
 
 /// What the keys of all records begin with.
 const PREFIX: &str = "nodes/";
+
+/// In hex.
+const HASH_BYTES: usize = 64;
 
 /// So often a record is renewed before it expires.
 const RENEWALS: u32 = 3;
@@ -171,8 +174,7 @@ impl Nodes {
     pub async fn renew(&self) -> Result<()> {
         self.beat.fetch_add(1, Ordering::Relaxed);
         let (begun, record) = (Moment::now(), self.own_record());
-        let bytes = serde_json::to_vec(&record).expect("a record is plain data");
-        self.bucket.put(&key(self.me), bytes.into()).await?;
+        self.bucket.put(&key(self.me), encode(&record).into()).await?;
         let mut inner = self.inner.lock();
         if inner.renewed.is_none_or(|last| last.elapsed() >= self.ttl) {
             inner.term += 1;
@@ -193,7 +195,7 @@ impl Nodes {
     /// Looks at all records.
     ///
     /// # Errors
-    /// If the bucket cannot be read, or a record makes no sense.
+    /// If the bucket cannot be read.
     pub async fn look(&self) -> Result<()> {
         let listed = self.bucket.list(PREFIX, None).await?;
         let listed = listed.iter().filter_map(|object| object.key.strip_prefix(PREFIX)?.parse().ok());
@@ -270,10 +272,14 @@ impl Nodes {
     async fn read(&self, node: NodeId) -> Result<Option<Record>> {
         let key = key(node);
         match self.bucket.get(&key).await {
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-                let what = format!("object {key:?}");
-                Error::Storage(ebb_storage::Error::Corrupt { what, why: error.to_string() })
-            }),
+            Ok(bytes) => {
+                let record = decode(&bytes).filter(|record| record.node == node);
+                if record.is_none() {
+                    // As if it was not there: its node writes it again, if it is alive.
+                    tracing::error!(key, "a node's record is damaged");
+                }
+                Ok(record)
+            }
             Err(ebb_storage::Error::NoSuchObject { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
@@ -308,6 +314,21 @@ impl Moment {
     fn elapsed(self) -> Duration {
         Self::now().0.saturating_sub(self.0)
     }
+}
+
+/// A record as it is stored: JSON, a space, and the BLAKE3 of that in hex.
+fn encode(record: &Record) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec(record).expect("a record is plain data");
+    let hash = blake3::hash(&bytes).to_hex();
+    bytes.push(b' ');
+    bytes.extend_from_slice(hash.as_bytes());
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Option<Record> {
+    let (json, hash) = bytes.split_at_checked(bytes.len().checked_sub(HASH_BYTES)?)?;
+    let json = json.strip_suffix(b" ")?;
+    (blake3::hash(json).to_hex().as_bytes() == hash).then(|| serde_json::from_slice(json).ok())?
 }
 
 fn key(node: NodeId) -> String {

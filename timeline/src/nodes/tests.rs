@@ -73,6 +73,28 @@ async fn the_identifier_stays_and_another_run_is_seen_at_once() {
 }
 
 #[tokio::test]
+async fn a_damaged_record_is_none() {
+    let (dir, bucket) = bucket().await;
+    let (one, two) = (node(&dir, "one", &bucket), node(&dir, "two", &bucket));
+    two.renew().await.unwrap();
+    let whole = bucket.get(&key(two.me())).await.unwrap();
+    for at in 0..whole.len() {
+        let mut bytes = whole.to_vec();
+        bytes[at] ^= 1;
+        assert_eq!(decode(&bytes), None, "byte {at}");
+        assert_eq!(decode(&whole[..at]), None, "the first {at} bytes");
+    }
+    bucket.put(&key(two.me()), whole.slice(1..)).await.unwrap();
+    assert!(!is_alive(&one, &two).await);
+    // Nor is one that lies under another node's key.
+    bucket.put(&key(NodeId::for_test(1)), whole).await.unwrap();
+    one.look().await.unwrap();
+    assert!(!one.has_peers());
+    two.renew().await.unwrap();
+    assert!(is_alive(&one, &two).await);
+}
+
+#[tokio::test]
 async fn who_cannot_look_keeps_what_it_knew_of_others() {
     let (dir, bucket) = bucket().await;
     let faulty = std::sync::Arc::new(Faulty::new(bucket.clone(), Faults::default()));

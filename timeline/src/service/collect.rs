@@ -122,7 +122,7 @@ impl Kept {
             Object::Wal(branch, line) => self.oldest_lines.get(branch).is_some_and(|oldest| line >= oldest),
             Object::Ledger(_) | Object::Template(_) | Object::Catalog | Object::Receipt => true,
             // A boot set goes with its layer.
-            Object::Boot(_) | Object::Other => true,
+            Object::Boot(_) | Object::Node(_) | Object::Other => true,
         }
     }
 }

@@ -77,6 +77,9 @@ impl Service {
             Object::Catalog => vec!["the catalog of projects: it is never deleted".to_owned()],
             Object::Boot(layer) => self.keepers_of_layer(*layer).await?,
             Object::Receipt => vec!["receipts of what was collected: they are never deleted".to_owned()],
+            Object::Node(_) => {
+                vec!["the node itself, which renews it; others delete it an hour after that ends".to_owned()]
+            }
             Object::Other => vec!["this version has no rule for it, and leaves it alone".to_owned()],
         })
     }
