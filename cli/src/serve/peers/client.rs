@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ebb_timeline::clients::SharedClients;
 use ebb_timeline::nodes::{Others, Record};
-use ebb_types::{BranchId, NodeId};
+use ebb_types::{BranchId, NodeId, SqlState};
 use parking_lot::Mutex;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
@@ -166,7 +166,22 @@ impl Peers {
             wire::send(&mut stream, request).await?;
             Ok::<_, io::Error>(stream)
         };
-        let mut stream = tokio::time::timeout(CONNECT_WITHIN, connected).await.map_err(io::Error::from)??;
+        let connected = tokio::time::timeout(CONNECT_WITHIN, connected).await.map_err(io::Error::from)?;
+        let mut stream = match connected {
+            // What TLS says of a certificate that is not of this bucket's nodes.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                tracing::warn!(node = owner.name, %error, "another node has another secret.key");
+                return Err(Unreached::Refused {
+                    sqlstate: SqlState::CANNOT_CONNECT_NOW.as_str().to_owned(),
+                    message: format!(
+                        "node {:?} owns the project, and has another secret.key than this node",
+                        owner.name
+                    ),
+                    hint: Some("Give all nodes of the bucket the same secret.key, and start them again.".to_owned()),
+                });
+            }
+            connected => connected?,
+        };
         let reply = wire::receive(&mut stream).await?;
         Ok((stream, reply))
     }

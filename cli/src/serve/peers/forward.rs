@@ -43,7 +43,8 @@ pub async fn forward(
         };
         match peers.api(&owner).await {
             Ok(stream) => break (owner, stream),
-            Err(error) if Instant::now() > deadline => return unreached(&owner.name, &error),
+            Err(error @ Unreached::Refused { .. }) => return unreached(&owner.name, error),
+            Err(error) if Instant::now() > deadline => return unreached(&owner.name, error),
             Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
         }
     };
@@ -54,19 +55,26 @@ pub async fn forward(
     };
     match passed_on.await {
         Ok(response) => response.map(Body::new),
-        Err(error) => unreached(&owner.name, &Unreached::Elsewhere(std::io::Error::other(error))),
+        Err(error) => unreached(&owner.name, Unreached::Elsewhere(std::io::Error::other(error))),
     }
 }
 
-fn unreached(owner: &str, error: &Unreached) -> Response {
+fn unreached(owner: &str, error: Unreached) -> Response {
     tracing::warn!(owner, ?error, "another node cannot be reached");
+    let (detail, hint) = match error {
+        Unreached::Refused { message, hint, .. } => (message, hint),
+        Unreached::Elsewhere(_) => (
+            format!("node {owner:?} owns the project and does not answer"),
+            Some("It is taken over as soon as its record has expired: try again in a few seconds.".to_owned()),
+        ),
+    };
     let status = StatusCode::SERVICE_UNAVAILABLE;
     let problem = Problem {
         type_uri: "urn:ebb:problem:unavailable".to_owned(),
         title: "Not now".to_owned(),
         status: status.as_u16(),
-        detail: format!("node {owner:?} owns the project and does not answer"),
-        hint: Some("It is taken over as soon as its record has expired: try again in a few seconds.".to_owned()),
+        detail,
+        hint,
         kind: ErrorKind::Unavailable,
     };
     let content = [(header::CONTENT_TYPE, "application/problem+json"), (header::RETRY_AFTER, "1")];
