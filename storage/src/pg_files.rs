@@ -218,36 +218,67 @@ impl WalSegment {
         Self { number: self.number + 1, ..*self }
     }
 
-    /// Whether Postgres has begun a page of the segment that `file` is. It begins them in order.
-    pub fn has_begun_page(&self, file: &File, page: u64) -> bool {
-        let mut header = [0; 16];
-        if file.read_exact_at(&mut header, page * WAL_PAGE_BYTES).is_err() {
-            return false;
-        }
+    /// The header of a page of the segment that `file` is, if Postgres has begun that page. It begins them in order.
+    pub fn page_header(&self, file: &File, page: u64) -> Option<WalPageHeader> {
+        let mut bytes = [0; WAL_SHORT_HEADER_BYTES as usize];
+        file.read_exact_at(&mut bytes, page * WAL_PAGE_BYTES).ok()?;
         // A page that is left from another segment has that one's address.
-        let address = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
-        header[1] == WAL_MAGIC_HIGH && address == self.start().0 + page * WAL_PAGE_BYTES
+        let address = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
+        if bytes[1] != WAL_MAGIC_HIGH || address != self.start().0 + page * WAL_PAGE_BYTES {
+            return None;
+        }
+        let flags = u16::from_le_bytes([bytes[2], bytes[3]]);
+        let rest = u32::from_le_bytes(bytes[16..20].try_into().expect("four bytes"));
+        Some(WalPageHeader { continues: flags & CONTINUES != 0, rest_bytes: u64::from(rest) })
     }
 
-    /// Where the last page begins that was begun in the segment that `file` is; where the segment does, if none was.
-    pub fn last_page(&self, file: &File) -> Lsn {
-        let (mut begun, mut not) = (0, u64::from(self.segment_bytes) / WAL_PAGE_BYTES);
+    /// Whether Postgres has begun a page of the segment that `file` is.
+    pub fn has_begun_page(&self, file: &File, page: u64) -> bool {
+        self.page_header(file, page).is_some()
+    }
+
+    /// How many pages were begun in the segment that `file` is, by halving.
+    pub fn pages_begun(&self, file: &File) -> u64 {
+        let (mut begun, mut not) = (0, u64::from(self.segment_bytes) / WAL_PAGE_BYTES + 1);
         while not - begun > 1 {
             let middle = begun + (not - begun) / 2;
-            match self.has_begun_page(file, middle) {
+            match self.has_begun_page(file, middle - 1) {
                 true => begun = middle,
                 false => not = middle,
             }
         }
-        Lsn(self.start().0 + begun * WAL_PAGE_BYTES)
+        begun
     }
+
+    /// Where the last page begins that was begun in the segment that `file` is; where the segment does, if none was.
+    pub fn last_page(&self, file: &File) -> Lsn {
+        Lsn(self.start().0 + self.pages_begun(file).saturating_sub(1) * WAL_PAGE_BYTES)
+    }
+}
+
+/// The header of a page of WAL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalPageHeader {
+    /// Whether the page begins with the rest of a record.
+    pub continues: bool,
+    /// How much of that record was still to come.
+    pub rest_bytes: u64,
 }
 
 /// Size of a page of WAL in the default build (`XLOG_BLCKSZ`).
 pub const WAL_PAGE_BYTES: u64 = 8192;
 
+/// Size of the header that a page begins with, and of that of a segment's first page
+/// (PostgreSQL 15, `src/include/access/xlog_internal.h`: `XLogPageHeaderData`, `XLogLongPageHeaderData`).
+pub const WAL_SHORT_HEADER_BYTES: u64 = 24;
+/// See [`WAL_SHORT_HEADER_BYTES`].
+pub const WAL_LONG_HEADER_BYTES: u64 = 40;
+
+/// `XLP_FIRST_IS_CONTRECORD`: the page begins with the rest of a record.
+const CONTINUES: u16 = 1;
+
 /// What the second byte of every supported version's `XLOG_PAGE_MAGIC` is (14: 0xD10D, 18: 0xD118; little-endian), with
-/// which a page begins. Its address is 8 bytes on (PostgreSQL 15, `xlog_internal.h`, `XLogPageHeaderData`).
+/// which a page begins.
 const WAL_MAGIC_HIGH: u8 = 0xD1;
 
 /// How many segments share the middle eight digits of a file name.

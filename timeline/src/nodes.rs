@@ -153,7 +153,7 @@ impl Nodes {
     }
 
     /// This node's record, as it would be written now.
-    pub fn own_record(&self) -> Record {
+    fn own_record(&self) -> Record {
         let inner = self.inner.lock();
         Record {
             node: self.me,
@@ -236,10 +236,12 @@ impl Nodes {
         })
     }
 
-    /// The other nodes that are alive as far as is known.
+    /// All nodes that are alive as far as is known, this one first.
     pub fn alive(&self) -> Vec<Record> {
+        let own = self.own_record();
         let inner = self.inner.lock();
-        inner.seen.values().filter(|seen| seen.is_alive()).map(|seen| seen.record.clone()).collect()
+        let others = inner.seen.values().filter(|seen| seen.is_alive()).map(|seen| seen.record.clone());
+        [own].into_iter().chain(others).collect()
     }
 
     /// Whether another node was alive when the records were last looked at.

@@ -36,6 +36,7 @@ use rustix::io::Errno;
 use super::errno;
 use crate::error::{Error, LocalContext, Result};
 use crate::layer::Ino;
+use crate::pg_files::WAL_PAGE_BYTES;
 
 const MAGIC: &[u8; 8] = b"EBBJRNL\0";
 const VERSION: u32 = 1;
@@ -90,7 +91,7 @@ impl WalEnd {
     /// length, and at a multiple of eight (PostgreSQL 15, `xlogrecord.h`).
     pub fn lsn(&self, segment_bytes: u32) -> Lsn {
         let written = self.page.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
-        let pages = u64::from(self.pages) * super::wal::PAGE_BYTES;
+        let pages = u64::from(self.pages) * WAL_PAGE_BYTES;
         Lsn(self.segment * u64::from(segment_bytes) + pages + written.next_multiple_of(8))
     }
 }

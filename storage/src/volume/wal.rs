@@ -20,19 +20,7 @@ use super::journal::WalEnd;
 use super::upper::{remove_dir, sync_dir};
 use crate::error::{Error, LocalContext, Result};
 use crate::layer::{BLOCK_BYTES, ImageInfo, is_zero, wal_files_in};
-use crate::pg_files::WalSegment;
-
-/// Size of a page of WAL in the default build (`XLOG_BLCKSZ`), and of the headers pages begin with
-/// (PostgreSQL 15, `src/include/access/xlog_internal.h`: `XLogPageHeaderData`, `XLogLongPageHeaderData`).
-pub(super) const PAGE_BYTES: u64 = 8192;
-const SHORT_HEADER_BYTES: u64 = 24;
-const LONG_HEADER_BYTES: u64 = 40;
-
-/// `XLP_FIRST_IS_CONTRECORD`: the page begins with the rest of a record.
-const CONTINUES: u16 = 1;
-
-/// What the first byte of every supported version's `XLOG_PAGE_MAGIC` is (14: 0xD10D, 18: 0xD118).
-const MAGIC_HIGH_BYTE: u16 = 0xD1;
+use crate::pg_files::{WAL_LONG_HEADER_BYTES, WAL_PAGE_BYTES, WAL_SHORT_HEADER_BYTES, WalSegment};
 
 /// Links every segment and history file of `wal` into `hold`, completed or not. Only to keep them from vanishing:
 /// what is held may still be written to.
@@ -77,27 +65,14 @@ pub(super) fn end(wal: &Path, image: &ImageInfo) -> Result<Option<WalEnd>> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file.on("open", &path)?,
         };
-        let pages = pages_begun(&file, &segment);
+        let pages = segment.pages_begun(&file);
         if let Some(last) = pages.checked_sub(1) {
-            let mut page = vec![0; PAGE_BYTES as usize];
-            read_up_to(&file, &mut page, last * PAGE_BYTES).on("read", &path)?;
+            let mut page = vec![0; WAL_PAGE_BYTES as usize];
+            read_up_to(&file, &mut page, last * WAL_PAGE_BYTES).on("read", &path)?;
             return Ok(Some(WalEnd { segment: segment.number, pages: last as u32, page }));
         }
     }
     Ok(None)
-}
-
-/// How many pages of a segment were begun, by halving.
-fn pages_begun(file: &File, segment: &WalSegment) -> u64 {
-    let (mut begun, mut not) = (0, u64::from(segment.segment_bytes) / PAGE_BYTES + 1);
-    while not - begun > 1 {
-        let middle = begun + (not - begun) / 2;
-        match page_header(file, segment, middle - 1) {
-            Some(_) => begun = middle,
-            None => not = middle,
-        }
-    }
-    begun
 }
 
 /// Fills `into`, anew, with the WAL that starting on the image needs: from its redo point to `end`, or as far as is
@@ -208,7 +183,7 @@ fn give(from: &Path, to: &Path, image: &ImageInfo, next: Option<&PathBuf>, segme
 
 /// Copies a segment as it was when WAL ended there.
 fn copy_until(from: &Path, to: &Path, image: &ImageInfo, end: &WalEnd) -> Result<()> {
-    let until = u64::from(end.pages) * PAGE_BYTES;
+    let until = u64::from(end.pages) * WAL_PAGE_BYTES;
     let copy = copy_sparse(from, to, u64::from(image.wal_segment_bytes), until)?;
     copy.write_all_at(&end.page, until).and_then(|()| copy.sync_all()).on("write", to)
 }
@@ -248,28 +223,8 @@ fn copy_sparse(from: &Path, to: &Path, size: u64, until: u64) -> Result<File> {
     Ok(copy)
 }
 
-/// The header of a page of WAL.
-struct PageHeader {
-    continues: bool,
-    /// How much of the record that the page begins with was still to come.
-    rest_bytes: u64,
-}
-
-/// The header of a page of a segment, if the page was begun.
-fn page_header(file: &File, segment: &WalSegment, page: u64) -> Option<PageHeader> {
-    let mut bytes = [0; SHORT_HEADER_BYTES as usize];
-    file.read_exact_at(&mut bytes, page * PAGE_BYTES).ok()?;
-    let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-    let address = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
-    if u16_at(0) >> 8 != MAGIC_HIGH_BYTE || address != segment.start().0 + page * PAGE_BYTES {
-        return None;
-    }
-    let rest = u32::from_le_bytes(bytes[16..20].try_into().expect("four bytes"));
-    Some(PageHeader { continues: u16_at(2) & CONTINUES != 0, rest_bytes: u64::from(rest) })
-}
-
 fn has_begun(path: &Path, segment: &WalSegment) -> bool {
-    File::open(path).is_ok_and(|file| page_header(&file, segment, 0).is_some())
+    File::open(path).is_ok_and(|file| segment.has_begun_page(&file, 0))
 }
 
 /// Whether the WAL has come so far into this segment that the one before it will never be written again, not even by
@@ -279,11 +234,11 @@ fn has_begun(path: &Path, segment: &WalSegment) -> bool {
 /// writing where it began. It is whole if a page after the one it ends in was begun.
 fn is_behind(path: &Path, segment: &WalSegment) -> bool {
     let Ok(file) = File::open(path) else { return false };
-    let Some(header) = page_header(&file, segment, 0) else { return false };
+    let Some(header) = segment.page_header(&file, 0) else { return false };
     let rest = if header.continues { header.rest_bytes } else { 0 };
-    let first = PAGE_BYTES - LONG_HEADER_BYTES;
-    let more = rest.saturating_sub(first).div_ceil(PAGE_BYTES - SHORT_HEADER_BYTES);
-    page_header(&file, segment, more + 1).is_some()
+    let first = WAL_PAGE_BYTES - WAL_LONG_HEADER_BYTES;
+    let more = rest.saturating_sub(first).div_ceil(WAL_PAGE_BYTES - WAL_SHORT_HEADER_BYTES);
+    segment.has_begun_page(&file, more + 1)
 }
 
 /// Whether two segments are the same file, or the same bytes with zeroes for what one lacks.
@@ -345,10 +300,10 @@ mod tests {
             header[..2].copy_from_slice(&0xD110_u16.to_le_bytes());
             let continues = page == 0 && rest > 0;
             header[2..4].copy_from_slice(&u16::from(continues).to_le_bytes());
-            let address = number * u64::from(SEGMENT) + page * PAGE_BYTES;
+            let address = number * u64::from(SEGMENT) + page * WAL_PAGE_BYTES;
             header[8..16].copy_from_slice(&address.to_le_bytes());
             header[16..20].copy_from_slice(&if continues { rest } else { 0 }.to_le_bytes());
-            file.write_all_at(&header, page * PAGE_BYTES).unwrap();
+            file.write_all_at(&header, page * WAL_PAGE_BYTES).unwrap();
         }
     }
 
@@ -397,7 +352,7 @@ mod tests {
         // The copy does not change with its source.
         write(&wal, 6, 50, 20_000);
         let page = File::open(dirs.at("layer").join(segment(6).file_name())).unwrap();
-        assert!(page_header(&page, &segment(6), 8).is_some() && page_header(&page, &segment(6), 9).is_none());
+        assert!(segment(6).page_header(&page, 8).is_some() && segment(6).page_header(&page, 9).is_none());
         // What Postgres deletes meanwhile is still there.
         fs::remove_file(wal.join(segment(5).file_name())).unwrap();
         capture(&dirs.at("hold"), &dirs.at("layer"), &image(5 * u64::from(SEGMENT)), None).unwrap();
@@ -437,7 +392,7 @@ mod tests {
             capture(&dirs.at("hold"), &dirs.at("then"), &image, Some(&found)).unwrap();
             // Postgres goes on: in the same page, the same segment, the next one.
             let file = File::options().write(true).open(wal.join(segment(5).file_name())).unwrap();
-            file.write_all_at(&[1; 50], (pages - 1) * PAGE_BYTES + 4000).unwrap();
+            file.write_all_at(&[1; 50], (pages - 1) * WAL_PAGE_BYTES + 4000).unwrap();
             write(&wal, 5, 128, 0);
             write(&wal, 6, 3, 0);
             hold(&wal, &dirs.at("hold"), &image).unwrap();

@@ -1,33 +1,6 @@
 //! Any moment of a branch: by position and by time, exactly.
 
-use ebb_tests::{Node, kill};
-use tokio_postgres::Client;
-
-/// A row as its writer knows it: number, the position after its commit, the server's time of it.
-struct Written {
-    n: i64,
-    lsn: String,
-    at: String,
-}
-
-/// Commits numbered rows, one by one, and learns after each where and when that was.
-async fn write(client: &Client, rows: std::ops::RangeInclusive<i64>) -> Vec<Written> {
-    let mut written = Vec::new();
-    for n in rows {
-        client.execute("insert into history values ($1)", &[&n]).await.expect("a row can be written");
-        // The flush position of a synchronous commit: nobody else writes.
-        let row = client
-            .query_one(
-                "select pg_current_wal_flush_lsn()::text, \
-                 to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
-                &[],
-            )
-            .await
-            .expect("positions can be read");
-        written.push(Written { n, lsn: row.get(0), at: row.get(1) });
-    }
-    written
-}
+use ebb_tests::{Node, kill, write_history as write};
 
 fn numbers(node: &Node, branch: &str) -> String {
     node.psql(branch, "select coalesce(max(n), 0) || ' of ' || count(*) from history")

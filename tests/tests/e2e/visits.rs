@@ -3,43 +3,14 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use ebb_tests::{Node, wait_for, wait_until};
+use ebb_tests::{Node, wait_for, wait_until, write_history as write};
 use serde_json::Value;
 use tokio_postgres::{Client, NoTls};
-
-/// A row as its writer knows it: number, the position after its commit, the server's time of it.
-struct Written {
-    n: i64,
-    lsn: String,
-    at: String,
-}
-
-async fn write(client: &Client, rows: std::ops::RangeInclusive<i64>) -> Vec<Written> {
-    let mut written = Vec::new();
-    for n in rows {
-        client.execute("insert into history values ($1)", &[&n]).await.expect("a row can be written");
-        let row = client
-            .query_one(
-                "select pg_current_wal_flush_lsn()::text, \
-                 to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
-                &[],
-            )
-            .await
-            .expect("positions can be read");
-        written.push(Written { n, lsn: row.get(0), at: row.get(1) });
-    }
-    written
-}
 
 async fn connect(url: String) -> Result<Client, tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;
     tokio::spawn(connection);
     Ok(client)
-}
-
-/// The URL of a moment: as a driver is given it.
-fn url_at(node: &Node, place: &str) -> String {
-    node.url(place)
 }
 
 async fn numbers(client: &Client) -> String {
@@ -48,7 +19,7 @@ async fn numbers(client: &Client) -> String {
 }
 
 async fn numbers_at(node: &Node, place: &str) -> String {
-    numbers(&node.try_connect(&url_at(node, place)).await.unwrap_or_else(|error| panic!("{place}: {error:?}"))).await
+    numbers(&node.try_connect(&node.url(place)).await.unwrap_or_else(|error| panic!("{place}: {error:?}"))).await
 }
 
 fn visits(node: &Node) -> Vec<Value> {
@@ -113,7 +84,7 @@ async fn a_visit_is_read_only_and_wakes_nobody() {
     node.suspend("shop/prod");
     let wakes = node.wakes("shop/prod");
 
-    let visitor = node.try_connect(&url_at(&node, "shop/prod@v1")).await.expect("a checkpoint can be visited");
+    let visitor = node.try_connect(&node.url("shop/prod@v1")).await.expect("a checkpoint can be visited");
     assert_eq!(numbers(&visitor).await, "1 of 1");
     for sql in ["insert into history values (3)", "create table t ()", "create temp table t ()", "truncate history"] {
         let error = visitor.batch_execute(sql).await.expect_err("the past is written to");
@@ -131,7 +102,7 @@ async fn a_visit_is_read_only_and_wakes_nobody() {
     assert_eq!(numbers(&second).await, "1 of 1");
     assert_eq!(visits(&node).len(), 1);
     assert_eq!(visits(&node)[0]["sessions"].as_array().map(Vec::len), Some(2));
-    let psql = node.tool("psql", &["-XAtq", &url_at(&node, "shop/prod@v1"), "-c", "show transaction_read_only"]);
+    let psql = node.tool("psql", &["-XAtq", &node.url("shop/prod@v1"), "-c", "show transaction_read_only"]);
     assert_eq!(psql.stdout.trim(), "on", "{psql:?}");
     assert_eq!(node.compute("shop/prod")["state"], "suspended");
     assert_eq!(node.wakes("shop/prod"), wakes);
@@ -145,7 +116,7 @@ async fn a_visit_vanishes_behind_its_last_client() {
     node.ok(&["checkpoint", "create", "shop/prod", "v1"]);
     node.ok(&["branch", "set", "shop/prod", "--idle-suspend", "2s"]);
     let branches = directories(&node);
-    let visitor = node.try_connect(&url_at(&node, "shop/prod@v1")).await.expect("a checkpoint can be visited");
+    let visitor = node.try_connect(&node.url("shop/prod@v1")).await.expect("a checkpoint can be visited");
     assert_eq!((marks(&node), directories(&node)), (1, branches + 1));
     // Longer than it is kept without anyone.
     tokio::time::sleep(Duration::from_secs(4)).await;
@@ -162,7 +133,7 @@ async fn fifty_clients_share_one_visit() {
     let node = Node::with_shop();
     node.psql("shop/prod", "create table history (n bigint primary key); insert into history values (1)");
     node.ok(&["checkpoint", "create", "shop/prod", "v1"]);
-    let url = url_at(&node, "shop/prod@v1");
+    let url = node.url("shop/prod@v1");
     let connecting: Vec<_> = (0..50).map(|_| tokio::spawn(connect(url.clone()))).collect();
     let mut clients = Vec::new();
     for client in connecting {
@@ -184,7 +155,7 @@ async fn who_cannot_come_in_now_cannot_come_into_the_past() {
     node.psql("shop/prod", "create table history (n bigint primary key)");
     let old = node.url("shop/prod");
     node.ok(&["checkpoint", "create", "shop/prod", "v1"]);
-    let wrong = url_at(&node, "shop/prod@v1").replacen("app:", "app:not", 1);
+    let wrong = node.url("shop/prod@v1").replacen("app:", "app:not", 1);
     let error = node.try_connect(&wrong).await.expect_err("a wrong password is let in");
     assert_eq!(said(&error).0, "28P01");
     assert!(visits(&node).is_empty() && marks(&node) == 0, "nothing was made for it");
@@ -192,9 +163,9 @@ async fn who_cannot_come_in_now_cannot_come_into_the_past() {
     // The password of today opens the past, and the one of then does not.
     node.psql("shop/prod", "alter role app password 'today'");
     let password = old.split(['/', ':', '@']).nth(4).expect("a URL has a password").to_owned();
-    let today = |place: &str| url_at(&node, place).replace(&password, "today");
+    let today = |place: &str| node.url(place).replace(&password, "today");
     wait_until("the new password to be known", || async { node.try_connect(&today("shop/prod")).await.is_ok() }).await;
-    let error = node.try_connect(&url_at(&node, "shop/prod@v1")).await.expect_err("a revoked password is let in");
+    let error = node.try_connect(&node.url("shop/prod@v1")).await.expect_err("a revoked password is let in");
     assert_eq!(said(&error).0, "28P01");
     let visitor = node.try_connect(&today("shop/prod@v1")).await.expect("today's password opens the past");
     assert_eq!(numbers(&visitor).await, "0 of 0");
@@ -206,7 +177,7 @@ async fn what_cannot_be_visited_is_told_with_what_can() {
     node.psql("shop/prod", "create table history (n bigint primary key)");
     node.ok(&["checkpoint", "create", "shop/prod", "before-release"]);
     let refused = async |point: &str| {
-        let error = node.try_connect(&url_at(&node, &format!("shop/prod@{point}"))).await.expect_err("is let in");
+        let error = node.try_connect(&node.url(&format!("shop/prod@{point}"))).await.expect_err("is let in");
         let (code, hint) = said(&error);
         (code.to_owned(), hint.to_owned())
     };
@@ -236,7 +207,7 @@ async fn an_empty_node_opens_the_past_out_of_the_bucket() {
     drop(client);
     // Its passwords cannot be read without the first node's key, but be held against what is in the bucket.
     let places = ["shop/prod@begin".to_owned(), format!("shop/prod@{}", written[7].at)];
-    let (urls, port) = (places.map(|place| url_at(&node, &place)), node.proxy_port);
+    let (urls, port) = (places.map(|place| node.url(&place)), node.proxy_port);
     node.stop();
     let other = node.scratch().join("other-node");
     let mut node = node.data_dir(&other);
@@ -253,7 +224,7 @@ async fn a_killed_server_leaves_no_visit_behind() {
     let mut node = Node::with_shop();
     node.psql("shop/prod", "create table history (n bigint primary key); insert into history values (1)");
     node.ok(&["checkpoint", "create", "shop/prod", "v1"]);
-    let (at, branches) = (url_at(&node, "shop/prod@v1"), directories(&node));
+    let (at, branches) = (node.url("shop/prod@v1"), directories(&node));
     let visitor = node.try_connect(&at).await.expect("a checkpoint can be visited");
     assert_eq!((numbers(&visitor).await.as_str(), marks(&node)), ("1 of 1", 1));
     node.kill_server();
@@ -291,7 +262,7 @@ async fn a_moment_within_a_transaction_of_many_parts_is_visited_all_the_same() {
     assert_eq!(numbers_at(&node, "shop/prod@amidst").await, "1 of 1");
     client.batch_execute("commit").await.expect("the transaction goes on");
     assert_eq!(numbers_at(&node, "shop/prod@amidst").await, "1 of 1");
-    let visitor = node.try_connect(&url_at(&node, "shop/prod@amidst")).await.expect("a visit");
+    let visitor = node.try_connect(&node.url("shop/prod@amidst")).await.expect("a visit");
     let error = visitor.batch_execute("create table t ()").await.expect_err("the past is written to");
     assert_eq!(said(&error).0, "25006");
 }

@@ -465,7 +465,7 @@ impl Service {
             projects.sort();
             api::Node { id: record.node, name: record.name, api: record.api, peer: record.peer, projects }
         };
-        [self.nodes.own_record()].into_iter().chain(self.nodes.alive()).map(&mut view).collect()
+        self.nodes.alive().into_iter().map(&mut view).collect()
     }
 
     /// Hands a project over to another node: its computes are stopped here, and wake there when they are next asked for.
@@ -488,7 +488,7 @@ impl Service {
     }
 
     fn find_node(&self, name: &str) -> Result<NodeId> {
-        let alive: Vec<Record> = [self.nodes.own_record()].into_iter().chain(self.nodes.alive()).collect();
+        let alive = self.nodes.alive();
         let is = |record: &&Record| record.name == name || record.node.to_string() == name;
         let found: Vec<NodeId> = alive.iter().filter(is).map(|record| record.node).collect();
         match found.as_slice() {
@@ -526,12 +526,11 @@ impl Service {
             self.note_seal(project, branch, line, sealed).await?;
         }
         self.upload_project(project).await?;
-        let node = to;
         project
             .append(&caller.actor, Some(OperationId::generate()), |state| {
                 check_idle(state)?;
                 let begun = Event::OperationBegun { plan: Box::new(Plan::MoveProject { to }), key: None };
-                let moved = Event::OwnerChanged { node, epoch: state.epoch() + 1 };
+                let moved = Event::OwnerChanged { node: to, epoch: state.epoch() + 1 };
                 Ok((vec![begun, moved, Event::OperationDone], ()))
             })
             .await?;
