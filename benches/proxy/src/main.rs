@@ -84,6 +84,7 @@ fn main() -> anyhow::Result<()> {
     if let Bench::Serve(args) = &cli.bench {
         return serve::run(args);
     }
+    println!("$ {}", std::env::args().collect::<Vec<_>>().join(" "));
     world::raise_descriptor_limit();
     if is(Bench::Speed) {
         speed::run(&cli.common)?;
