@@ -38,7 +38,9 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::cancel::CancelTarget;
-use crate::endpoints::{Activity, Awake, Blocked, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable};
+use crate::endpoints::{
+    Activity, Awake, Blocked, Census, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable,
+};
 
 /// LIMIT: detaching is a `Terminate` and a close; what takes longer is stuck.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,6 +105,8 @@ pub struct Seat {
     /// The clock all times of this seat count from.
     made: Instant,
     doing: AtomicU8,
+    /// Whether the client has come to the end of a transaction.
+    served: AtomicBool,
     /// Nanoseconds after `made`: since when it does that.
     since: AtomicU64,
     /// Nanoseconds after `made`: when the client's last work ended.
@@ -131,6 +135,7 @@ impl Seat {
             sitter,
             made: Instant::now(),
             doing: AtomicU8::new(Doing::Waiting as u8),
+            served: AtomicBool::new(false),
             since: AtomicU64::new(0),
             worked: AtomicU64::new(0),
             attention: AtomicBool::new(false),
@@ -153,6 +158,9 @@ impl Seat {
         let before = self.doing();
         if matches!(before, Doing::Active | Doing::Waiting) {
             self.worked.store(now, Ordering::Relaxed);
+        }
+        if before == Doing::Active {
+            self.served.store(true, Ordering::Relaxed);
         }
         self.since.store(now, Ordering::Relaxed);
         self.doing.store(doing as u8, Ordering::Relaxed);
@@ -219,6 +227,17 @@ impl Seat {
         match self.doing() {
             Doing::Active | Doing::Waiting => Instant::now(),
             Doing::Idle | Doing::Hibernated => self.after(&self.worked),
+        }
+    }
+
+    /// Whether the client has only just come, and is about to ask for something: it waits for its compute, or has had one
+    /// for less than `patience`, and has not been answered yet.
+    fn is_new(&self, patience: Duration) -> bool {
+        match self.doing() {
+            _ if self.served.load(Ordering::Relaxed) => false,
+            Doing::Waiting => true,
+            Doing::Idle => self.after(&self.since).elapsed() < patience,
+            Doing::Active | Doing::Hibernated => false,
         }
     }
 
@@ -408,6 +427,24 @@ impl Branch {
         let worked = inner.seats.values().map(|(seat, _)| seat.last_worked()).chain(inner.last_left).max();
         let busy = inner.seats.values().filter(|(seat, _)| matches!(seat.doing(), Doing::Active | Doing::Waiting));
         Activity { idle_for: worked.map(|at| at.elapsed()), busy: busy.count(), sessions: inner.seats.len() }
+    }
+
+    /// How many sessions there are, and how many of them have only just come.
+    pub fn newcomers(&self, patience: Duration) -> (usize, usize) {
+        let inner = self.inner.lock();
+        (inner.seats.len(), inner.seats.values().filter(|(seat, _)| seat.is_new(patience)).count())
+    }
+
+    /// Adds its sessions to a count.
+    pub fn count(&self, census: &mut Census) {
+        for (seat, _) in self.inner.lock().seats.values() {
+            *match seat.doing() {
+                Doing::Waiting => &mut census.waiting,
+                Doing::Active => &mut census.active,
+                Doing::Idle => &mut census.idle,
+                Doing::Hibernated => &mut census.hibernated,
+            } += 1;
+        }
     }
 
     /// Whether nobody is connected.

@@ -120,6 +120,30 @@ pub struct Activity {
     pub sessions: usize,
 }
 
+/// How many sessions there are, by what they do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Held while their computes wake or their endpoints are fenced.
+    pub waiting: usize,
+    /// In a query or a transaction.
+    pub active: usize,
+    /// Attached, between transactions.
+    pub idle: usize,
+    /// Detached, their state kept.
+    pub hibernated: usize,
+}
+
+impl Census {
+    /// Shows it as metrics.
+    pub fn publish(&self) {
+        let Self { waiting, active, idle, hibernated } = *self;
+        let states = [("waiting", waiting), ("active", active), ("idle", idle), ("hibernated", hibernated)];
+        for (state, count) in states {
+            metrics::gauge!("ebb_proxy_sessions", "state" => state).set(count as f64);
+        }
+    }
+}
+
 /// What to do with sessions that cannot be hibernated when an endpoint is fenced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreplayable {
@@ -143,6 +167,9 @@ pub trait Sessions: Debug + Send + Sync + 'static {
 
     /// All sessions of this branch.
     fn sessions(&self, branch: BranchId) -> Vec<SessionInfo>;
+
+    /// How many sessions of all branches do what.
+    fn census(&self) -> Census;
 
     /// Holds new work of a branch and detaches every session from its backend, keeping its state here.
     /// When it returns `Ok`, no session holds a backend, and none will ask for a wake until [`Sessions::release`].

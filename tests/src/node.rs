@@ -116,6 +116,12 @@ impl Node {
         self
     }
 
+    /// Gives the server one more argument.
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+
     /// Sets an environment variable of the server.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.envs.push((name.to_owned(), value.to_owned()));
@@ -169,6 +175,24 @@ impl Node {
             }
             let asked = ureq::get(&health).config().timeout_global(Some(Duration::from_secs(5))).build().call();
             asked.is_ok()
+        });
+    }
+
+    /// Starts a server that takes over from the one that runs; answers that one.
+    pub fn begin_take_over(&mut self) -> Child {
+        let log = fs::File::options().create(true).append(true).open(&self.log).expect("a log can be made");
+        let mut command = self.serve_command();
+        command.arg("--take-over").stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
+        let new = command.spawn().expect("ebb can be started");
+        self.server.replace(new).expect("the server runs")
+    }
+
+    /// Waits until the old server has ended, and the new one is ready.
+    pub fn end_take_over(&mut self, old: &mut Child) {
+        wait_for("the old server to end", || old.try_wait().expect("a child can be waited for").is_some());
+        let pid = format!("\"pid\": {}", self.server_pid());
+        wait_for("the new server to be ready", || {
+            fs::read_to_string(self.data.join("node.json")).is_ok_and(|text| text.contains(&pid))
         });
     }
 
