@@ -300,6 +300,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Branch {
     id: BranchId,
+    endpoints: Arc<dyn Endpoints>,
     inner: Mutex<Inner>,
     /// A session's standing changed, or one left.
     settled: Notify,
@@ -308,9 +309,10 @@ pub struct Branch {
 
 impl Branch {
     /// A branch nobody is connected to.
-    pub fn new(id: BranchId) -> Arc<Self> {
+    pub fn new(id: BranchId, endpoints: Arc<dyn Endpoints>) -> Arc<Self> {
         Arc::new(Self {
             id,
+            endpoints,
             inner: Mutex::new(Inner {
                 gate: Gate::Open,
                 seats: HashMap::new(),
@@ -331,6 +333,12 @@ impl Branch {
         }
         inner.seats.insert(seat.sitter.conn, (seat.clone(), Standing::Apart));
         Some(Membership { branch: self.clone(), conn: seat.sitter.conn })
+    }
+
+    /// See [`Endpoints::may_answer`].
+    #[inline]
+    pub fn may_answer(&self) -> bool {
+        self.endpoints.may_answer()
     }
 
     /// Where the gate stands.
@@ -355,11 +363,7 @@ impl Branch {
     }
 
     /// The compute, woken if need be. All who ask while a wake is in flight share its result. Cancel-safe.
-    pub async fn wake(
-        self: &Arc<Self>,
-        endpoints: &Arc<dyn Endpoints>,
-        tasks: &TaskTracker,
-    ) -> Result<Awake, EndpointError> {
+    pub async fn wake(self: &Arc<Self>, tasks: &TaskTracker) -> Result<Awake, EndpointError> {
         let waking = {
             let mut inner = self.inner.lock();
             if let Some(awake) = &inner.awake {
@@ -368,7 +372,7 @@ impl Branch {
             match &inner.waking {
                 Some(waking) => waking.clone(),
                 None => {
-                    let waking = self.spawn_wake(endpoints.clone(), tasks);
+                    let waking = self.spawn_wake(tasks);
                     inner.waking = Some(waking.clone());
                     waking
                 }
@@ -378,11 +382,11 @@ impl Branch {
     }
 
     /// The wake runs in a task of its own: that all askers leave must not let a second one begin beside it.
-    fn spawn_wake(self: &Arc<Self>, endpoints: Arc<dyn Endpoints>, tasks: &TaskTracker) -> Waking {
+    fn spawn_wake(self: &Arc<Self>, tasks: &TaskTracker) -> Waking {
         let branch = self.clone();
         let task = tasks.spawn(async move {
             let begun = Instant::now();
-            let result = endpoints.wake(branch.id).await;
+            let result = branch.endpoints.wake(branch.id).await;
             metrics::histogram!("ebb_proxy_wake_wait_seconds").record(begun.elapsed().as_secs_f64());
             let outcome = if result.is_ok() { "ok" } else { "error" };
             metrics::counter!("ebb_proxy_wakes_total", "result" => outcome).increment(1);

@@ -24,6 +24,12 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
     /// that moment. All who visit the same moment get the same. Only called for authenticated clients; makes nothing yet.
     async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError>;
 
+    /// Whether what backends have said by now may be told to clients. Asked for every read of a backend's bytes, after it;
+    /// if not, the session ends with `08006`, because its backend may not be the branch's any more. Must be cheap.
+    fn may_answer(&self) -> bool {
+        true
+    }
+
     /// Makes the branch's compute answer, waking it if need be. May be called by many at once: one wake results.
     /// Only called for authenticated clients. Cancel-safe: a wake once begun goes on.
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError>;

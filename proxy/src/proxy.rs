@@ -152,7 +152,7 @@ pub struct Shared {
 impl Shared {
     /// The sessions of a branch that has, or is about to have, some.
     pub fn branch(&self, id: BranchId) -> Arc<Branch> {
-        self.branches.entry(id).or_insert_with(|| Branch::new(id)).clone()
+        self.branches.entry(id).or_insert_with(|| Branch::new(id, self.endpoints.clone())).clone()
     }
 
     fn known_branch(&self, id: BranchId) -> Option<Arc<Branch>> {

@@ -48,6 +48,8 @@ pub enum Pause {
     ServerMalformed,
     /// An order to end at once.
     Ordered(Order),
+    /// What the backend said may not be told: another node may have the branch.
+    Unowned,
 }
 
 /// Both ends of a session and what lies between.
@@ -223,6 +225,7 @@ impl<'a> Link<'a> {
         let mut moved = false;
         if self.down.has_room() && !self.flow.backend_eof {
             match self.down.poll_fill(cx, self.backend) {
+                Poll::Ready(Ok(1..)) if !self.branch.may_answer() => return Err(Pause::Unowned),
                 Poll::Ready(Ok(count @ 1..)) => {
                     self.conversation.server_sent(self.down.held()).map_err(|_| Pause::ServerMalformed)?;
                     self.down.release(count);

@@ -445,6 +445,14 @@ impl Session {
                 tracing::error!("backend sent a malformed message");
                 End::Silent
             }
+            Pause::Unowned => {
+                self.branch.forget(self.generation);
+                match self.conversation.server_at_boundary() && !self.down.has_released() {
+                    true => End::Say(Said::compute_lost(busy)),
+                    // The rest of what was begun may not be told.
+                    false => End::Silent,
+                }
+            }
             Pause::Ordered(Order::Lost) | Pause::ServerGone => {
                 if self.conversation.is_terminated() || self.conversation.ends_with_error() {
                     return End::Silent;
@@ -616,7 +624,7 @@ async fn try_attach(
     wait: Wait,
 ) -> Result<Attached, TryError> {
     wait.enter(Stage::Wake);
-    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    let awake = branch.wake(&shared.tasks).await.map_err(TryError::Endpoint)?;
     if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
         return Err(TryError::NotAdmitted);
     }

@@ -8,7 +8,6 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebb_test_s3::Seaweed;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
@@ -96,10 +95,10 @@ impl Node {
         self
     }
 
-    /// Uses a bucket on a test's S3 server, below a prefix.
-    pub fn s3_bucket(mut self, server: &Seaweed, prefix: &str) -> Self {
+    /// Uses a bucket on a test's S3 server, which is reached at `endpoint`, below a prefix.
+    pub fn s3_bucket(mut self, endpoint: &str, prefix: &str) -> Self {
         self.bucket = Some(format!("s3://{}/{prefix}", ebb_test_s3::BUCKET).into());
-        self.args = vec!["--s3-endpoint".to_owned(), server.endpoint(), "--s3-path-style".to_owned()];
+        self.args = vec!["--s3-endpoint".to_owned(), endpoint.to_owned(), "--s3-path-style".to_owned()];
         let credentials = [
             ("AWS_ACCESS_KEY_ID", ebb_test_s3::ACCESS_KEY),
             ("AWS_SECRET_ACCESS_KEY", ebb_test_s3::SECRET_KEY),

@@ -67,6 +67,10 @@ impl Endpoints for ServiceEndpoints {
         }
     }
 
+    fn may_answer(&self) -> bool {
+        self.both.get().is_none_or(|(service, _)| service.may_answer())
+    }
+
     async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError> {
         self.service()?.visit(branch, point).map_err(reported)
     }

@@ -145,6 +145,10 @@ async fn serve(
     let peers = Arc::new(peers);
     service.set_others(peers.clone());
     endpoints.fill(service.clone(), peers.clone());
+    tokio::spawn({
+        let (peers, service, stop) = (peers.clone(), service.clone(), stop.service.clone());
+        async move { stop.run_until_cancelled(peers.watch(|node| service.is_gone(node))).await }
+    });
     let peer_server = PeerServer { identity, service: service.clone(), links, api: api_addr };
     let peer_run = tokio::spawn(peer_server.run(peer_listener, stop.peers.clone()));
     let addresses = Addresses { api: Some(format!("http://{api_addr}")), peer: Some(peer_addr.to_string()) };

@@ -113,6 +113,21 @@ impl Peers {
         Ok(Self { identity, dir, clients, inner: Mutex::default(), stop })
     }
 
+    /// Cuts the links to nodes that have not renewed their records, whatever they say: what was asked of them is asked
+    /// again of whoever takes over, and what they still answer is not told to anybody. Goes on for ever.
+    pub async fn watch(&self, is_gone: impl Fn(NodeId) -> bool) {
+        loop {
+            tokio::time::sleep(TELL_EVERY).await;
+            let links: Vec<_> = self.inner.lock().links.iter().map(|(node, link)| (*node, link.clone())).collect();
+            for (node, link) in links {
+                if !link.gone.is_cancelled() && is_gone(node) {
+                    tracing::warn!(%node, "an owner's record has expired: its link is cut");
+                    link.gone.cancel();
+                }
+            }
+        }
+    }
+
     /// Wakes a branch at its owner: its generation, and a socket that leads there.
     ///
     /// # Errors
