@@ -62,8 +62,8 @@ pub struct Owner {
     pub node: NodeId,
     /// Counts owners, from 1: the fencing token of the one writer of each of its branches.
     pub epoch: u64,
-    /// Since when.
-    pub since: Timestamp,
+    /// The number of the ledger's entry that made it the owner.
+    pub entry: u64,
 }
 
 /// What never changes about a project.
@@ -95,6 +95,8 @@ pub struct Branch {
     /// Counts how often the branch was moved to another history. A volume knows for which line it was made; one of
     /// another line is stale, whatever it holds.
     pub line: u64,
+    /// The number of the ledger's entry that began the line.
+    pub line_entry: u64,
     /// Where it comes from.
     pub parent: Option<Parent>,
     /// When it was made.
@@ -384,7 +386,7 @@ impl ProjectState {
                 if *epoch != self.epoch() + 1 {
                     return Err(format!("epoch {epoch} does not follow {}", self.epoch()));
                 }
-                self.owner = Some(Owner { node: *node, epoch: *epoch, since: entry.time });
+                self.owner = Some(Owner { node: *node, epoch: *epoch, entry: entry.seq });
             }
             Event::BranchCreated { branch, name, head, end, parent, rescue_until } => {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
@@ -397,6 +399,7 @@ impl ProjectState {
                     head: *head,
                     has_sealed: false,
                     line: 0,
+                    line_entry: entry.seq,
                     parent: parent.clone(),
                     created_at: entry.time,
                     idle_suspend_ms: None,
@@ -430,6 +433,7 @@ impl ProjectState {
                 branch.head = *head;
                 branch.has_sealed = false;
                 branch.line += 1;
+                branch.line_entry = entry.seq;
                 let seal = Seal { layer: *head, at: entry.time, end: *end, line: branch.line };
                 branch.history.begun(seal, *left);
                 branch.forget(entry.time);
