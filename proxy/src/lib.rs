@@ -10,6 +10,7 @@
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
 //!   shared by the sessions of a branch: branch (gate, single-flight wake)
 //! ```
@@ -25,7 +26,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, answering health pings, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: pooling, PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;
@@ -35,10 +36,13 @@ pub mod endpoints;
 mod errors;
 mod frame;
 mod hibernate;
+mod lexical;
 mod limits;
 mod login;
+mod pings;
 mod proxy;
 mod relay;
+mod replication;
 mod scram;
 mod session;
 mod settings;
@@ -46,6 +50,7 @@ mod startup;
 mod stream;
 mod tls;
 mod wire;
+mod wishes;
 
 pub use backend::connect as connect_socket;
 pub use endpoints::{

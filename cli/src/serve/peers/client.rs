@@ -255,10 +255,10 @@ impl Peers {
 
     fn carry_out(self: &Arc<Self>, Order { number, branch, what }: Order, tell: &mpsc::UnboundedSender<News>) {
         match what {
-            What::Fence { deadline_ms, end_rest } => {
+            What::Fence { deadline_ms, rest } => {
                 let (peers, tell) = (self.clone(), tell.clone());
                 tokio::spawn(async move {
-                    let fenced = peers.clients.fence(branch, Duration::from_millis(deadline_ms), end_rest).await;
+                    let fenced = peers.clients.fence(branch, Duration::from_millis(deadline_ms), rest).await;
                     let _ = tell.send(News::Fenced { number, blocked: fenced.err().unwrap_or_default() });
                 });
             }
