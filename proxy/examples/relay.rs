@@ -1,4 +1,4 @@
-//! The proxy alone, before a Postgres that is always awake: what benchmarks compare with other poolers.
+//! The proxy alone, before a Postgres that is always awake: what `scripts/driver-suites` runs the suites of drivers through.
 //!
 //! ```text
 //! relay LISTEN SOCKET VERIFIER [MS]   # relay 127.0.0.1:6432 /tmp/.s.PGSQL.5432 'SCRAM-SHA-256$4096:…'

@@ -24,9 +24,9 @@
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::unix::UnixStream;
 use ebb_types::Lsn;
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
 
 use crate::frame::{Frame, Piece};
 use crate::hibernate::ReplayError;

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use ebb_types::SqlState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
@@ -33,10 +33,12 @@ use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
 use crate::proxy::Shared;
-use crate::relay::{Link, Pause};
+use crate::relay::{Link, Pause, count_passed};
 use crate::replication::{self, History, Resume, Walstream};
 use crate::stream::{Buffer, ClientStream};
-use crate::wire::{cstr, message};
+use crate::unix::UnixStream;
+use crate::waits::{Stage, Wait};
+use crate::wire::{cstr, error_field, message};
 use crate::wishes::Wishes;
 
 mod sleeping;
@@ -57,19 +59,29 @@ const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
 /// LIMIT: how much of a message begun is waited for, so that an error can follow it.
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
+/// Counts what became of a connection; `sqlstate` is empty where the client was told none.
+fn note_connect(outcome: &'static str, sqlstate: &'static str) {
+    metrics::counter!("ebb_proxy_connects_total", "outcome" => outcome, "sqlstate" => sqlstate).increment(1);
+}
+
 /// Serves one accepted connection to its end.
 pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, conn: u64) {
-    let span = tracing::info_span!("connection", conn, %peer);
+    let empty = tracing::field::Empty;
+    let span = tracing::info_span!("connection", conn, %peer, endpoint = empty, role = empty);
     async {
         let admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer)).await;
         match admitted {
             Ok(Ok(login)) => run(&shared, login, peer, conn).await,
             Ok(Err(Turned::Away(client, said))) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
+                note_connect("refused", said.sqlstate());
                 client.goodbye(&encoded(&said)).await;
             }
-            Ok(Err(Turned::Off)) => {}
-            Err(_) => tracing::debug!("login timed out"),
+            Ok(Err(Turned::Off)) => note_connect("left", ""),
+            Err(_) => {
+                tracing::debug!("login timed out");
+                note_connect("timed_out", "");
+            }
         }
     }
     .instrument(span)
@@ -78,9 +90,14 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
 
 async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
     let Login { client, mut startup, endpoint, role } = login;
+    let span = tracing::Span::current();
+    span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
     let wishes = match Wishes::take(&mut startup, shared.config.answer_pings) {
         Ok(wishes) => wishes,
-        Err(said) => return client.goodbye(&encoded(&said)).await,
+        Err(said) => {
+            note_connect("refused", said.sqlstate());
+            return client.goodbye(&encoded(&said)).await;
+        }
     };
     let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
@@ -95,6 +112,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
     let limit = shared.config.sessions_per_endpoint_max;
     let Some(membership) = branch.join(&seat, limit) else {
         let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
+        note_connect("refused", said.sqlstate());
         return client.goodbye(&encoded(&said)).await;
     };
     tracing::debug!(branch = %endpoint.branch, "client logged in");
@@ -112,6 +130,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
         down: Buffer::default(),
         kept: None,
         known: None,
+        introduced: false,
         generation: 0,
         passed: [0; 2],
         _membership: membership,
@@ -128,6 +147,21 @@ enum End {
     Pass(Vec<u8>),
     /// Without a word: the client is gone, or has been told.
     Silent,
+}
+
+impl End {
+    /// How the connection of a client that never had a backend is counted.
+    fn as_connect(&self) -> (&'static str, &'static str) {
+        match self {
+            End::Silent => ("left", ""),
+            End::Say(said) => ("refused", said.sqlstate()),
+            // Whatever Postgres may say; what Ebb never says itself is one label.
+            End::Pass(error) => {
+                let code = error.get(5..).and_then(|body| std::str::from_utf8(error_field(body, b'C')?).ok());
+                ("refused", code.and_then(SqlState::of).map_or("other", SqlState::as_str))
+            }
+        }
+    }
 }
 
 /// What became of a try to get a backend.
@@ -172,9 +206,10 @@ struct Session {
     down: Buffer,
     /// The state to give back, while there is no backend; `None` before the first.
     kept: Option<Arc<Kept>>,
-    /// The state that the backend has as long as the client sends nothing: what it was given, or was read of it last, and
-    /// how many bytes the client had sent by then.
-    known: Option<(Arc<Kept>, u64)>,
+    /// The state that the backend has as long as the client sends nothing: what it was given, or was read of it last.
+    known: Option<Arc<Kept>>,
+    /// Whether it has had a backend.
+    introduced: bool,
     /// The compute it is, or was last, attached to.
     generation: u64,
     /// Bytes passed on, up and down.
@@ -201,9 +236,11 @@ impl Session {
         self.end(end).await;
     }
 
-    async fn end(self, end: End) {
-        for (count, direction) in self.passed.into_iter().zip(["up", "down"]) {
-            metrics::counter!("ebb_proxy_relayed_bytes_total", "direction" => direction).increment(count);
+    async fn end(mut self, end: End) {
+        count_passed(&mut self.passed);
+        if !self.introduced {
+            let (outcome, sqlstate) = end.as_connect();
+            note_connect(outcome, sqlstate);
         }
         let words = match end {
             End::Silent => Vec::new(),
@@ -250,26 +287,41 @@ impl Session {
         let budget = self.shared.config.wake_budget;
         let deadline = Instant::now() + budget;
         let mut notice_at = Instant::now() + NOTICE_AFTER;
+        let wait = Wait::begin();
+        let attached = self.attach_by(deadline, &mut notice_at, &wait).await;
+        wait.over(self.shared.config.slow_wake, attached.is_ok());
+        self.introduce(*attached?).await
+    }
+
+    /// Tries until it has one, or the deadline passes.
+    async fn attach_by(
+        &mut self,
+        deadline: Instant,
+        notice_at: &mut Instant,
+        wait: &Wait,
+    ) -> Result<Box<Attached>, End> {
+        let budget = self.shared.config.wake_budget;
         let mut not_now = None;
         let mut retry_after = RETRY_AFTER;
         loop {
             self.obey()?;
             if self.branch.begin_work(self.conn()) {
-                match self.attach_once(deadline, &mut notice_at).await? {
-                    Tried::Attached(attached) => return self.introduce(*attached).await,
+                match self.attach_once(deadline, notice_at, wait).await? {
+                    Tried::Attached(attached) => return Ok(attached),
                     Tried::Fenced | Tried::Unreachable => retry_after = RETRY_AFTER,
                     Tried::NotNow(error) => {
                         retry_after = (retry_after * 2).clamp(WAKE_AGAIN_MIN, WAKE_AGAIN_MAX);
                         not_now = Some(error);
                     }
                 }
+                wait.enter(Stage::Gate);
             }
             // At the gate until it moves, or between two tries.
             let pause = if self.branch.gate() == Gate::Open { retry_after } else { budget };
             tokio::select! {
                 () = self.seat.attention() => {}
                 () = sleep(pause) => {}
-                () = sleep_until(notice_at) => self.notice(&mut notice_at).await?,
+                () = sleep_until(*notice_at) => self.notice(notice_at).await?,
                 () = sleep_until(deadline) => {
                     return Err(End::Say(match (self.branch.gate(), not_now) {
                         (Gate::Open, Some(error)) => error.into(),
@@ -282,10 +334,11 @@ impl Session {
     }
 
     /// One try. A fence that comes up meanwhile calls it off.
-    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
+    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant, wait: &Wait) -> Result<Tried, End> {
         let seat = self.seat.clone();
         let again = Again { kept: self.kept.clone(), stream: self.walstream.as_ref().map(|stream| stream.resume()) };
-        let trying = try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), again, seat.clone());
+        let (shared, branch, wait) = (self.shared.clone(), self.branch.clone(), wait.clone());
+        let trying = try_attach(shared, branch, self.startup.clone(), again, seat.clone(), wait);
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -378,8 +431,11 @@ impl Session {
         out.extend_from_slice(&backend.notices);
         let given = self.kept.take();
         let first = given.is_none();
-        self.known = Some((given.unwrap_or_default(), self.passed[0]));
+        self.known = Some(given.unwrap_or_default());
+        self.conversation.listen_anew();
         if first {
+            self.introduced = true;
+            note_connect("ok", "");
             message(&mut out, b'K', |body| {
                 body.extend_from_slice(&self.key.key.id.to_be_bytes());
                 body.extend_from_slice(&self.key.key.secret.to_be_bytes());
@@ -431,7 +487,8 @@ impl Session {
         if !matches!(pause, Pause::ServerGone) || !self.is_as_known() {
             return Err(self.ended(pause));
         }
-        self.kept = Some(self.known.take().map(|(kept, _)| kept).unwrap_or_default());
+        count_passed(&mut self.passed);
+        self.kept = Some(self.known.take().unwrap_or_default());
         self.branch.forget(self.generation);
         self.seat.set_backend(0, None);
         self.seat.forgive_loss();
@@ -450,7 +507,7 @@ impl Session {
         if self.is_quiet_stream() {
             return true;
         }
-        let untouched = self.known.as_ref().is_some_and(|(_, passed)| *passed == self.passed[0]);
+        let untouched = self.known.is_some() && !self.conversation.has_heard();
         untouched && self.conversation.is_at_rest() && self.up.is_empty() && !self.conversation.ends_with_error()
     }
 
@@ -485,6 +542,14 @@ impl Session {
                 tracing::error!("backend sent a malformed message");
                 End::Silent
             }
+            Pause::Unowned => {
+                self.branch.forget(self.generation);
+                match self.conversation.server_at_boundary() && !self.down.has_released() {
+                    true => End::Say(Said::compute_lost(busy)),
+                    // The rest of what was begun may not be told.
+                    false => End::Silent,
+                }
+            }
             Pause::Ordered(Order::Lost) | Pause::ServerGone => {
                 if self.conversation.is_terminated() || self.conversation.ends_with_error() {
                     return End::Silent;
@@ -501,7 +566,8 @@ impl Session {
             Examined::Kept(kept) => {
                 self.branch.stand(self.conn(), Standing::Ready);
                 let kept: Arc<Kept> = Arc::from(kept);
-                self.known = Some((kept.clone(), self.passed[0]));
+                self.known = Some(kept.clone());
+                self.conversation.listen_anew();
                 Ok(kept)
             }
             Examined::Pinned(reason) => {
@@ -571,6 +637,7 @@ impl Session {
     }
 
     async fn detach(&mut self, backend: &mut UnixStream, kept: Arc<Kept>) {
+        count_passed(&mut self.passed);
         self.kept = Some(kept);
         self.known = None;
         self.seat.set_pin(None);
@@ -641,12 +708,15 @@ async fn try_attach(
     startup: Box<[u8]>,
     again: Again,
     seat: Arc<Seat>,
+    wait: Wait,
 ) -> Result<Attached, TryError> {
-    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    wait.enter(Stage::Wake);
+    let awake = branch.wake(&shared.tasks).await.map_err(TryError::Endpoint)?;
     if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
         return Err(TryError::NotAdmitted);
     }
     let generation = awake.generation;
+    wait.enter(Stage::Start);
     let started = Backend::start(&awake.socket, &startup).await;
     let mut backend = started.map_err(|error| TryError::Start { generation, error })?;
     let failed = |error| TryError::Replay { generation, error };
@@ -654,7 +724,10 @@ async fn try_attach(
     match (&again.kept, &again.stream) {
         // Walsenders take no questions of the extended protocol, and their sessions have no state of that kind.
         (_, Some(stream)) => history = Some(replication::resume(&mut backend.stream, stream).await.map_err(failed)?),
-        (Some(kept), None) => replayed = hibernate::replay(&mut backend.stream, kept).await.map_err(failed)?,
+        (Some(kept), None) => {
+            wait.enter(Stage::Replay);
+            replayed = hibernate::replay(&mut backend.stream, kept).await.map_err(failed)?;
+        }
         (None, None) => {}
     }
     Ok(Attached { awake, backend, replayed, history })

@@ -16,7 +16,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -32,6 +32,7 @@ const KEYS: [&str; 20] = [
     "idle-suspend",
     "wake-budget",
     "answer-pings",
+    "slow-wake",
     "min-free-bytes",
     "hydrate",
     "cache-limit",
@@ -88,6 +89,9 @@ pub struct Settings {
     /// Whether `SELECT 1` of a client whose branch sleeps is answered without a wake. Default no; a client may wish otherwise
     /// (`-c ebb.pings=on`). Empty queries always are.
     pub answer_pings: bool,
+    /// A client that waits for its compute for longer is written to the log, with what it waited for. Default 2 seconds.
+    #[serde(serialize_with = "as_text")]
+    pub slow_wake: Duration,
     /// Bytes that must stay free on the disk of `data`; below, work is refused. Default 64 MiB.
     pub min_free_bytes: u64,
     /// Whether what an awake branch lacks on this node is fetched in the background. Default yes: the node gets independent
@@ -140,6 +144,7 @@ impl Settings {
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
         let wake_budget = sources.time("wake-budget", args.wake_budget.clone(), Duration::from_secs(30));
         let answer_pings = sources.flag("answer-pings", args.answer_pings, false);
+        let slow_wake = sources.time("slow-wake", args.slow_wake.clone(), Duration::from_secs(2));
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
         let cache_limit = sources.number("cache-limit", args.cache_limit);
@@ -191,6 +196,7 @@ impl Settings {
             idle_suspend,
             wake_budget,
             answer_pings,
+            slow_wake,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,
             cache_limit,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::io::AsyncReadExt;
 use tokio::time::{Instant, sleep_until};
 
-use super::{End, GaugeGuard, Session};
+use super::{End, Session};
 use crate::branch::{Doing, Standing};
 use crate::errors::Said;
 use crate::pings::{Heard, Pings};
@@ -16,7 +16,6 @@ use crate::stream::{Buffer, ClientStream};
 impl Session {
     /// Sleeps until the client sends something that needs a backend.
     pub(super) async fn hibernated(&mut self) -> Result<(), End> {
-        let _gauge = GaugeGuard::new("ebb_proxy_sessions_hibernated");
         if self.conversation.is_idle() {
             self.conversation.shrink();
         }

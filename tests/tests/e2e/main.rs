@@ -9,6 +9,7 @@ mod docs;
 mod drills;
 mod drivers;
 mod fsck;
+mod handover;
 mod import;
 mod kills;
 mod node_loss;
