@@ -79,7 +79,7 @@ async fn who_waits_for_long_is_told_unless_it_does_not_want_to_be() {
     let mut client = crate::raw::Session::open_with(&ebb, &format!("endpoint={ENDPOINT} -c ebb.notice=off")).await;
     ebb.suspend_when_idle().await;
     client.exchange(&[(b'Q', b"SELECT 1\0")], b"TDCZ").await;
-    assert_eq!(ebb.wakes(), 3);
+    assert_eq!(ebb.wakes(), 2);
     let mut client = crate::raw::Session::open(&ebb).await;
     ebb.handle.fence(BRANCH, PATIENCE, Unreplayable::End).await.unwrap();
     client.write(&[(b'Q', b"SELECT 1\0")]).await;
