@@ -11,6 +11,7 @@ use ebb_types::{
 };
 
 use crate::api::types::Parent;
+use crate::clients::Pinned;
 use crate::drill::{Fault, Record, Report, SharedRecord, TableRows};
 use crate::error::Refusal;
 use crate::event::{Event, Key, Plan, Step};
@@ -111,6 +112,8 @@ pub struct Branch {
     pub window_ms: Option<u64>,
     /// What its commits wait for.
     pub durability: Durability,
+    /// What becomes of idle sessions that cannot be given back.
+    pub pinned: Pinned,
     /// The seals within the window.
     pub history: History,
     /// What is done for it by itself.
@@ -407,18 +410,20 @@ impl ProjectState {
                     checkpoints: Vec::new(),
                     window_ms: None,
                     durability: Durability::default(),
+                    pinned: Pinned::default(),
                     history,
                     upkeep: Upkeep::default(),
                     drills: VecDeque::new(),
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep } => {
+            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
                 branch.window_ms = window_ms.or(branch.window_ms);
                 branch.durability = durability.unwrap_or(branch.durability);
                 branch.upkeep.change(upkeep);
+                branch.pinned = pinned.unwrap_or(branch.pinned);
                 branch.forget(entry.time);
             }
             Event::BranchSealed { branch, layer, end } => {

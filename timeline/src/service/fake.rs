@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::Migration;
-use crate::clients::{Activity, Clients, SessionRow};
+use crate::clients::{Activity, Clients, Rest, SessionRow};
 use crate::decide::Found;
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
@@ -577,8 +577,8 @@ impl Clients for TestClients {
         Vec::new()
     }
 
-    async fn fence(&self, branch: BranchId, _: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
-        if self.pinned.load(Ordering::SeqCst) && !end_rest {
+    async fn fence(&self, branch: BranchId, _: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
+        if self.pinned.load(Ordering::SeqCst) && rest == Rest::Refuse {
             return Err(vec![SessionRow {
                 conn: 4,
                 role: "app".to_owned(),
