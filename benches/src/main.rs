@@ -3,7 +3,7 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, pool, commit, backup
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
@@ -18,6 +18,7 @@ mod many;
 mod native;
 mod node;
 mod pgbench;
+mod pool;
 mod proxy;
 mod rival;
 mod stats;
@@ -79,6 +80,8 @@ enum Bench {
     Volume,
     /// pgbench through the proxy against PgBouncer.
     Proxy,
+    /// Ten thousand clients on twenty backends, against PgBouncer in transaction mode.
+    Pool,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
     Commit,
     /// Restores, and what thirty days weigh, against pgBackRest.
@@ -113,6 +116,9 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Proxy) {
         proxy::run(&cli.common)?;
+    }
+    if is(Bench::Pool) {
+        pool::run(&cli.common)?;
     }
     if is(Bench::Commit) {
         commit::run(&cli.common)?;

@@ -337,6 +337,10 @@ pub struct ServeArgs {
     /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
     #[arg(long, value_name = "TIME")]
     pub idle_suspend: Option<String>,
+    /// How many backends of a branch its clients in transaction mode share, where it does not say otherwise [default: a
+    /// quarter of the connections that its Postgres takes]
+    #[arg(long, value_name = "COUNT", env = "EBB_POOL_SIZE", hide_env_values = true)]
+    pub pool_size: Option<u64>,
     /// Bytes that must stay free on the disk of DATA; work is refused below [default: 64 MiB]
     #[arg(long, value_name = "N", env = "EBB_MIN_FREE_BYTES", hide_env_values = true)]
     pub min_free_bytes: Option<u64>,
@@ -438,7 +442,7 @@ Examples:
   ebb branch set shop/prod --checkpoints hourly=24,daily=7,weekly=4 --drill-every 1d
   ebb branch set shop/prod --probe 'select count(*) > 0 from orders=t'",
         group = clap::ArgGroup::new("setting").required(true).multiple(true).args([
-            "idle_suspend", "window", "durability", "checkpoints", "drill_every", "probes", "no_probes",
+            "idle_suspend", "window", "durability", "checkpoints", "drill_every", "probes", "no_probes", "pool_size",
         ])
     )]
     Set {
@@ -465,6 +469,9 @@ Examples:
         /// Its drills ask nothing any more
         #[arg(long, conflicts_with = "probes")]
         no_probes: bool,
+        /// How many backends its clients in transaction mode share; 0: a quarter of what its Postgres takes
+        #[arg(long, value_name = "COUNT")]
+        pool_size: Option<u32>,
     },
     /// Delete a branch
     #[command(after_help = "Example:\n  ebb branch delete shop/pr-42")]

@@ -11,7 +11,7 @@
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
-//!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
 //! ```
 //!
 //! **Invariants**
@@ -25,7 +25,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, answering health pings, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: answering health pings, PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;
@@ -37,6 +37,7 @@ mod frame;
 mod hibernate;
 mod limits;
 mod login;
+mod pool;
 mod proxy;
 mod relay;
 mod scram;

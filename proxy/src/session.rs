@@ -31,15 +31,16 @@ use crate::endpoints::{Awake, EndpointError, Unreplayable};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
+use crate::pool;
 use crate::proxy::Shared;
 use crate::relay::{Link, Pause};
 use crate::stream::{Buffer, ClientStream};
 use crate::wire::{cstr, message};
 
 /// After how long a wait deserves a word.
-const NOTICE_AFTER: Duration = Duration::from_secs(1);
+pub const NOTICE_AFTER: Duration = Duration::from_secs(1);
 /// Between two tries to reach a compute that should be there.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
+pub const RETRY_AFTER: Duration = Duration::from_millis(20);
 /// LIMIT: how long a backend may take to close once it is told to.
 const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// LIMIT: how long the last words of a dead compute may take to arrive.
@@ -67,23 +68,26 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
 }
 
 async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
-    let Login { client, startup, endpoint, role } = login;
-    let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
+    let text = |name: &str| login.startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
-        role,
+        role: login.role.clone(),
         database: text("database"),
         application: text("application_name"),
         peer: peer.to_string(),
     };
-    let branch = shared.branch(endpoint.branch);
+    let branch = shared.branch(login.endpoint.branch);
     let seat = Seat::new(sitter);
     let limit = shared.config.sessions_per_endpoint_max;
     let Some(membership) = branch.join(&seat, limit) else {
-        let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
-        return client.goodbye(&encoded(&said)).await;
+        let said = Said::too_many_sessions(&login.endpoint.name.to_string(), limit);
+        return login.client.goodbye(&encoded(&said)).await;
     };
-    tracing::debug!(branch = %endpoint.branch, "client logged in");
+    tracing::debug!(branch = %login.endpoint.branch, pooled = login.pooled, "client logged in");
+    if login.pooled {
+        return pool::run(shared, login, branch, seat, membership).await;
+    }
+    let Login { client, startup, .. } = login;
     let session = Session {
         key: shared.keys.issue(&seat),
         shared: shared.clone(),
@@ -105,7 +109,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
 
 /// How a session ends.
 #[derive(Debug)]
-enum End {
+pub enum End {
     /// With words of the proxy's own.
     Say(Said),
     /// With words of the backend's.
@@ -311,7 +315,7 @@ impl Session {
     /// Tells the client what it has to know of its new backend: all of it the first time, changes later.
     async fn introduce(&mut self, attached: Attached) -> Result<UnixStream, End> {
         let Attached { awake, backend, replayed } = attached;
-        let target = CancelTarget { socket: awake.socket, key: backend.key };
+        let target = CancelTarget { socket: awake.socket, key: backend.key, _lease: None };
         self.generation = awake.generation;
         self.seat.set_backend(awake.generation, Some(target));
 

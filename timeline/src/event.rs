@@ -75,6 +75,9 @@ pub enum Event {
         /// What is new of what is done for it by itself.
         #[serde(default, skip_serializing_if = "UpkeepChange::is_empty")]
         upkeep: UpkeepChange,
+        /// How many backends its clients in transaction mode share, if that is new; 0 leaves it to be derived.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pool_size: Option<u32>,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {

@@ -202,6 +202,7 @@ fn report_join(part: &'static str, ended: Result<(), tokio::task::JoinError>) {
 fn bind_proxy(settings: &Settings, endpoints: Arc<ServiceEndpoints>) -> Result<Proxy, Failure> {
     let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
     config.domain.clone_from(&settings.domain);
+    config.pool_size = settings.pool_size.map(|size| usize::try_from(size).unwrap_or(usize::MAX));
     Proxy::bind(config, endpoints).map_err(|error| {
         Failure::internal("cannot start the proxy", &error)
             .hint("Is another server on that port? --listen names another one.")

@@ -7,5 +7,7 @@ mod connect;
 mod fence;
 mod harness;
 mod hibernate;
+mod pool;
+mod pool_names;
 mod raw;
 mod relay;

@@ -38,8 +38,13 @@ pub struct Session {
 
 impl Session {
     pub async fn open(ebb: &Ebb) -> Self {
+        Self::open_at(ebb, ENDPOINT).await
+    }
+
+    /// The same at a name of one's own.
+    pub async fn open_at(ebb: &Ebb, endpoint: &str) -> Self {
         let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
-        let body = format!("user\0app\0database\0app\0options\0endpoint={ENDPOINT}\0\0");
+        let body = format!("user\0app\0database\0app\0options\0endpoint={endpoint}\0\0");
         socket.write_all(&packet(3 << 16, body.as_bytes())).await.unwrap();
         let mut session = Self { socket };
         session.read().await;
@@ -87,6 +92,11 @@ impl Session {
         }
         assert_eq!(String::from_utf8_lossy(&tags), String::from_utf8_lossy(expect));
         bodies
+    }
+
+    /// The connection, between two messages.
+    pub fn into_stream(self) -> TcpStream {
+        self.socket
     }
 
     /// All that comes until the proxy closes.

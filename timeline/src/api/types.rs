@@ -156,6 +156,9 @@ pub struct Branch {
     /// What a commit waits for: `local`, the disk of the node; or `bucket`.
     #[schema(value_type = String)]
     pub durability: Durability,
+    /// How many backends its clients in transaction mode share; absent: a share of the connections that Postgres takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u32>,
     /// What is done for it by itself.
     #[serde(default)]
     pub upkeep: Upkeep,
@@ -205,6 +208,9 @@ pub struct ChangeBranch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub durability: Option<Durability>,
+    /// How many backends its clients in transaction mode share, 0 for a share of what Postgres takes; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u32>,
     /// What is done for it by itself; absent: as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upkeep: Option<ChangeUpkeep>,
