@@ -18,9 +18,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
 
 use crate::conversation::{Conversation, Parameter};
+use crate::unix::UnixStream;
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
 /// What the proxy's own statements are called; no driver uses it. They are no part of a session.
@@ -155,7 +155,7 @@ impl From<io::Error> for ReplayError {
 pub async fn replay(backend: &mut UnixStream, kept: &Kept) -> Result<Replayed, ReplayError> {
     let (bytes, parts) = kept.replay_messages();
     let mut replayed = Replayed::default();
-    let (mut reader, mut writer) = backend.split();
+    let (mut reader, mut writer) = tokio::io::split(backend);
     // Both at once: with thousands of statements, neither side's socket buffer holds all.
     let reading = async {
         let mut body = Vec::new();

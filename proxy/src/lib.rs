@@ -34,7 +34,9 @@ mod conversation;
 pub mod endpoints;
 mod errors;
 mod frame;
+mod haste;
 mod hibernate;
+mod lanes;
 mod limits;
 mod login;
 mod pool;
@@ -46,12 +48,14 @@ mod settings;
 mod startup;
 mod stream;
 mod tls;
+mod unix;
+mod waits;
 mod wire;
 
 pub use backend::connect as connect_socket;
 pub use endpoints::{
-    Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
-    Unreplayable,
+    Activity, Awake, Blocked, Census, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState,
+    Sessions, Unreplayable,
 };
 pub use proxy::{Proxy, ProxyConfig, ProxyError};
 pub use tls::TlsError;

@@ -64,10 +64,9 @@ impl Chunk {
     }
 
     /// Takes out what is unread.
-    pub fn take_unread(&mut self) -> Vec<u8> {
-        let unread = self.unread().to_vec();
+    pub fn take_unread(&mut self, into: &mut Vec<u8>) {
+        into.extend_from_slice(self.unread());
         self.end = self.ready;
-        unread
     }
 
     /// Makes sure that an unread message of that size finds room.
@@ -140,7 +139,9 @@ mod tests {
         assert_eq!(chunk.unread(), b"def");
         chunk.put(&[b'x'; SIZE]);
         assert_eq!(chunk.unread().len(), SIZE + 3);
-        assert_eq!(chunk.take_unread().len(), SIZE + 3);
+        let mut taken = Vec::new();
+        chunk.take_unread(&mut taken);
+        assert_eq!(taken.len(), SIZE + 3);
         let cx = &mut Context::from_waker(std::task::Waker::noop());
         assert!(chunk.poll_drain(cx, &mut Vec::new()).is_ready());
         chunk.shrink();

@@ -21,6 +21,7 @@
 //! fate of an earlier batch is open, no message is sent whose answer has to be left out: so an `ErrorResponse` is never
 //! taken for one of another batch.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -141,9 +142,14 @@ pub struct Exchange {
     prelude: usize,
     /// One of them was an error: the body of it is not kept.
     pub prelude_failed: bool,
+    /// What the texts since the begin may have left behind.
     words: Words,
+    /// A text may give names up whose batch has not been answered.
+    drops: bool,
     /// Something may outlive the transaction.
-    pub touched: bool,
+    touched: bool,
+    /// Something that did may be given up.
+    freed: bool,
     /// What the server has cannot be told or taken back: it is not to be given to others.
     pub spoilt: bool,
     /// The server reported a parameter.
@@ -169,12 +175,15 @@ impl Exchange {
 
     /// Notes that what was left behind has been looked at.
     pub fn settle(&mut self) {
-        (self.words, self.touched, self.parameters_changed) = (Words::default(), false, false);
+        self.words = Words::default();
+        (self.touched, self.freed, self.parameters_changed) = (false, false, false);
     }
 
-    /// Whether the client may have left something that outlives its transaction.
-    pub fn is_touched(&self) -> bool {
-        self.touched || self.words.has(Words::LEAVES) || self.parameters_changed
+    /// Whether the client may have left something that outlives its transaction; or may, where it `had` something, have
+    /// given that up.
+    pub fn is_touched(&self, had: bool) -> bool {
+        let freed = self.freed || self.words.has(Words::FREES);
+        self.touched || self.words.has(Words::LEAVES) || self.parameters_changed || had && freed
     }
 
     // Up.
@@ -259,6 +268,8 @@ impl Exchange {
             b'D' | b'C' => return self.describe_or_close(client, held, message, out),
             b'Q' => return Ok(self.query(client, message, out)),
             b'S' | b'F' => self.owe(Owed::Ready),
+            // The client goes; the backend stays.
+            b'X' => return Ok(true),
             _ => {}
         }
         message.pass(out);
@@ -278,7 +289,7 @@ impl Exchange {
             self.deallocate(name, out);
             crate::wire::message(out, b'Q', |body| body.extend_from_slice(DEALLOCATE_SCRATCH));
         } else {
-            self.words = self.words.and(text.map_or(Words::UNREAD, Words::scan));
+            self.note_words(text.map_or(Words::UNREAD, Words::scan));
             message.pass(out);
         }
         // A simple query drops the unnamed statement (PostgreSQL 15, 55.2.3).
@@ -290,6 +301,8 @@ impl Exchange {
     /// Makes the statement that a `DEALLOCATE` of the client's will give up in the place of its own.
     fn deallocate(&mut self, name: Vec<u8>, out: &mut Vec<u8>) {
         self.deallocating.push_back(name.into());
+        // One that failed has left it there.
+        self.own_close(None, SCRATCH, out);
         self.own_parse(None, SCRATCH, b"\0\0\0", out);
     }
 
@@ -320,7 +333,7 @@ impl Exchange {
                     body.extend_from_slice(&[0, 0]);
                 });
             } else {
-                self.words = self.words.and(text.map_or(Words::UNREAD, Words::scan));
+                self.note_words(text.map_or(Words::UNREAD, Words::scan));
                 self.owe(Owed::Unnamed);
                 message.pass(out);
             }
@@ -354,7 +367,7 @@ impl Exchange {
         let naming = Naming { name: name.into(), prepared: prepared.clone(), here };
         self.owe(Owed::Parsed(Box::new(naming)));
         if here {
-            parse_message(out, prepared.name().as_bytes(), body);
+            parse_message(out, &prepared.name, body);
         } else {
             // It is there already, but whether it may be prepared now, only the server can tell.
             parse_message(out, SCRATCH, body);
@@ -445,7 +458,13 @@ impl Exchange {
     }
 
     /// What the backend calls a statement, which is prepared there if it has to be. Nothing if an answer must come first.
-    fn sent_as(&mut self, client: &Client<'_>, held: &mut Held, name: &[u8], out: &mut Vec<u8>) -> Option<Sent> {
+    fn sent_as<'a>(
+        &mut self,
+        client: &'a Client<'_>,
+        held: &mut Held,
+        name: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Option<Sent<'a>> {
         if name.is_empty() {
             if !self.unnamed_is_ours {
                 if self.must_wait(client) {
@@ -465,24 +484,24 @@ impl Exchange {
         }
         let Some(prepared) = client.names.find(name) else {
             let sent = server_name(name);
-            return Some(if *sent == *name { Sent::AsItIs } else { Sent::As(sent) });
+            return Some(if *sent == *name { Sent::AsItIs } else { Sent::As(Cow::Owned(sent.into())) });
         };
-        self.words = self.words.and(prepared.words);
         if !held.touch(prepared.id) {
             if self.must_wait(client) {
                 return None;
             }
             self.evict(held, out);
             held.insert(prepared.clone());
-            self.own_parse(Some(prepared.id), prepared.name().as_bytes(), &prepared.body, out);
+            self.own_parse(Some(prepared.id), &prepared.name, &prepared.body, out);
         }
-        Some(Sent::As(prepared.name().into_bytes().into()))
+        self.note_words(prepared.words);
+        Some(Sent::As(Cow::Borrowed(&prepared.name)))
     }
 
     fn evict(&mut self, held: &mut Held, out: &mut Vec<u8>) {
         if let Some(old) = held.make_room() {
-            let name = old.name();
-            self.own_close(Some(old), name.as_bytes(), out);
+            let name = old.name.clone();
+            self.own_close(Some(old), &name, out);
         }
     }
 
@@ -517,7 +536,12 @@ impl Exchange {
 
     /// Whether it is open, besides, what a name means: then no name can be translated.
     fn must_wait_for_names(&self, client: &Client<'_>) -> bool {
-        (self.decisions > 0 || !self.deallocating.is_empty()) && self.must_wait(client)
+        (self.decisions > 0 || self.drops || !self.deallocating.is_empty()) && self.must_wait(client)
+    }
+
+    fn note_words(&mut self, words: Words) {
+        self.words = self.words.and(words);
+        self.drops |= words.has(Words::DROPS);
     }
 
     // Down.
@@ -609,8 +633,9 @@ impl Exchange {
                     }
                     undo(owed, names, conversation, held);
                 }
-                if self.batches == 0 {
+                if self.owed.is_empty() {
                     self.deallocating.clear();
+                    self.drops = false;
                 }
             }
             b'E' => {
@@ -647,19 +672,21 @@ impl Exchange {
     /// A command has ended with this tag.
     fn command(&mut self, names: &mut Names, held: &mut Held, tag: &[u8]) {
         match tag {
-            b"SET" | b"RESET" => self.touched |= self.words.has(Words::SETS),
+            b"SET" => self.touched |= self.words.has(Words::SETS),
             b"DECLARE CURSOR" => self.touched |= self.words.has(Words::HOLDS),
             b"DEALLOCATE" => match self.deallocating.pop_front() {
                 Some(name) => drop(names.remove(&name)),
-                None => self.touched = true,
+                None => self.freed = true,
             },
             b"DEALLOCATE ALL" | b"DISCARD ALL" => {
                 names.clear();
                 held.clear();
-                self.touched = true;
+                self.freed = true;
             }
-            b"LISTEN" | b"UNLISTEN" | b"PREPARE" | b"DISCARD" | b"DISCARD TEMP" | b"CLOSE CURSOR"
-            | b"CLOSE CURSOR ALL" => self.touched = true,
+            b"LISTEN" | b"PREPARE" => self.touched = true,
+            b"RESET" | b"UNLISTEN" | b"DISCARD TEMP" | b"CLOSE CURSOR" | b"CLOSE CURSOR ALL" | b"DROP TABLE" => {
+                self.freed = true;
+            }
             // What a library has changed in its process stays changed.
             b"LOAD" => self.spoilt = true,
             _ => {}
@@ -680,9 +707,10 @@ impl Exchange {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BadAnswer;
 
-enum Sent {
+/// Under which name a message goes on.
+enum Sent<'a> {
     AsItIs,
-    As(Box<[u8]>),
+    As(Cow<'a, [u8]>),
 }
 
 struct Message<'a> {
@@ -728,10 +756,10 @@ fn needed(tag: u8, length: usize, body: &[u8]) -> Result<usize, Refused> {
                 None => return Err(Refused::Statement("the name of a prepared statement is too long")),
             }
         }
-        b'D' | b'C' if length > HEAD_MAX => {
+        b'D' | b'C' | b'X' if length > HEAD_MAX => {
             return Err(Refused::Statement("the name of a prepared statement is too long"));
         }
-        b'D' | b'C' => length,
+        b'D' | b'C' | b'X' => length,
         _ => 0,
     })
 }

@@ -19,6 +19,7 @@ use super::{Pool, Pooled};
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::Conversation;
 use crate::endpoints::Unreplayable;
+use crate::haste::Haste;
 use crate::stream::ClientStream;
 
 /// Why a link stopped.
@@ -34,8 +35,12 @@ pub enum Pause {
     Refused(Refused),
     /// The server sent something that is not the protocol.
     ServerMalformed,
+    /// The backend could not be reset for this client.
+    NotReset,
     /// An order to end at once.
     Ordered(Order),
+    /// What the backend said may not be told: another node may have the branch.
+    Unowned,
 }
 
 /// Both ends and what lies between.
@@ -72,6 +77,7 @@ struct Flow {
     backend_eof: bool,
     /// The client's stream holds bytes back (TLS).
     unflushed: bool,
+    haste: Haste,
     /// Something was relayed since the link was made: before that, rest is where it begins and not where it ends.
     begun: bool,
 }
@@ -92,7 +98,12 @@ impl Link<'_> {
                 // Having been told now, the task is not registered for the next time.
                 cx.waker().wake_by_ref();
             }
-            self.pump(&mut flow, cx)
+            let pumped = self.pump(&mut flow, cx);
+            if pumped.is_pending() && flow.haste.lasts() {
+                // Asks to be polled again once the sockets have been looked at, without waiting for them.
+                let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
+            }
+            pumped
         })
         .await
     }
@@ -138,8 +149,11 @@ impl Link<'_> {
                 Err(pause) => return Poll::Ready(pause),
             };
             let active = !self.conversation.is_idle();
+            if self.conversation.is_terminated() {
+                return Poll::Ready(if self.may_stop(flow) { Pause::AtRest } else { Pause::ClientGone });
+            }
             if self.may_stop(flow) && (flow.gated || flow.begun) {
-                let looks = self.backend.exchange.is_touched() || flow.gated;
+                let looks = self.backend.exchange.is_touched(true) || flow.gated;
                 let goes_on = !flow.gated && !self.backend.up.is_empty() && !self.pool.is_contended();
                 if !goes_on && (!self.pinned || looks) {
                     return Poll::Ready(Pause::AtRest);
@@ -152,6 +166,7 @@ impl Link<'_> {
             if !moved {
                 return Poll::Pending;
             }
+            flow.haste.moved();
         }
     }
 
@@ -210,12 +225,16 @@ impl Link<'_> {
         let backend = &mut *self.backend;
         if backend.down.has_room() && !flow.backend_eof {
             match backend.down.poll_fill(cx, &mut backend.stream) {
+                Poll::Ready(Ok(1..)) if !self.branch.may_answer() => return Err(Pause::Unowned),
                 Poll::Ready(Ok(1..)) => {
                     let unread = backend.down.unread();
                     let (kept, read) = backend
                         .exchange
                         .down(self.names, self.conversation, &mut backend.held, unread)
                         .map_err(|_| Pause::ServerMalformed)?;
+                    if backend.exchange.prelude_failed {
+                        return Err(Pause::NotReset);
+                    }
                     backend.down.advance(read, kept);
                     self.passed[1] += kept as u64;
                     moved = true;

@@ -40,7 +40,6 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -49,6 +48,7 @@ use crate::cancel::CancelTarget;
 use crate::conversation::Parameter;
 use crate::endpoints::Awake;
 use crate::hibernate::Kept;
+use crate::unix::UnixStream;
 use chunk::Chunk;
 use exchange::Exchange;
 use names::{Held, Texts};
@@ -119,6 +119,13 @@ pub enum Grant {
 /// The right to have one backend.
 pub struct Slot {
     pool: Weak<Pool>,
+}
+
+impl Slot {
+    /// It has been given up in another way than by its drop.
+    fn forget(mut self) {
+        self.pool = Weak::new();
+    }
 }
 
 impl Drop for Slot {
@@ -207,8 +214,7 @@ impl Pooled {
 
     /// Whether it is still there, as far as its socket tells: a backend at rest says nothing but that it ends.
     fn is_alive(&self) -> bool {
-        let mut byte = [0; 1];
-        matches!(self.stream.try_read(&mut byte), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+        self.stream.is_silent()
     }
 
     /// Closes it and waits until it has gone, so that whoever stops the compute next does not find it.
@@ -415,7 +421,7 @@ impl Pool {
         while let Some(asker) = inner.queue.pop_front() {
             match asker.grant.send(Grant::Slot(self.slot())) {
                 Ok(()) => return true,
-                Err(Grant::Slot(slot)) => std::mem::forget(slot),
+                Err(Grant::Slot(slot)) => slot.forget(),
                 Err(Grant::Backend(_)) => {}
             }
         }
@@ -425,7 +431,7 @@ impl Pool {
     /// Gives a slot in hand to the first in the queue, or up.
     fn pass_on(self: &Arc<Self>, inner: &mut Inner, slot: Slot) {
         // Its drop would take the lock that is held.
-        std::mem::forget(slot);
+        slot.forget();
         if !self.grant_slot(inner) {
             inner.taken -= 1;
         }

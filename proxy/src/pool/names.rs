@@ -29,17 +29,12 @@ const SWEEP_MIN: usize = 256;
 pub struct Prepared {
     /// Its number in its pool.
     pub id: u64,
+    /// What backends call it.
+    pub name: Box<[u8]>,
     /// What follows the name in its `Parse`: the text and the types of parameters.
     pub body: Box<[u8]>,
     /// What its execution may leave behind.
     pub words: Words,
-}
-
-impl Prepared {
-    /// What backends call it.
-    pub fn name(&self) -> String {
-        format!("__ebb_{:x}", self.id)
-    }
 }
 
 /// The statements that clients of one pool have prepared.
@@ -71,7 +66,8 @@ impl Texts {
             known.sweep_at = known.by_meaning.len() * 2;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let prepared = Arc::new(Prepared { id, body: body.into(), words: words() });
+        let name = format!("__ebb_{id:x}").into_bytes().into();
+        let prepared = Arc::new(Prepared { id, name, body: body.into(), words: words() });
         known.by_meaning.insert(meaning, Arc::downgrade(&prepared));
         prepared
     }

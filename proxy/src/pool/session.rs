@@ -32,8 +32,10 @@ use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError};
 use crate::login::Login;
 use crate::proxy::Shared;
-use crate::session::{End, NOTICE_AFTER, RETRY_AFTER};
+use crate::relay::count_passed;
+use crate::session::{End, NOTICE_AFTER, RETRY_AFTER, note_connect};
 use crate::stream::ClientStream;
+use crate::waits::{Stage, Wait};
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
 /// What undoes all that a client may have left in a backend, but for statements that SQL has prepared. In one query, so
@@ -77,6 +79,8 @@ pub async fn run(shared: &Arc<Shared>, login: Login, branch: Arc<Branch>, seat: 
         pending: Vec::new(),
         kept: None,
         pin: None,
+        introduced: false,
+        served: false,
         passed: [0; 2],
         _membership: membership,
     };
@@ -103,6 +107,10 @@ struct Session {
     kept: Option<Arc<Kept>>,
     /// While the backend is its own.
     pin: Option<Pin>,
+    /// It has been greeted.
+    introduced: bool,
+    /// It has come to the end of a transaction.
+    served: bool,
     /// Bytes passed on, up and down.
     passed: [u64; 2],
     _membership: Membership,
@@ -134,12 +142,19 @@ impl Session {
     async fn serve(&mut self) -> Result<std::convert::Infallible, End> {
         self.greet().await?;
         loop {
+            if self.conversation.is_terminated() {
+                return Err(End::Silent);
+            }
             self.idle().await?;
             let mut backend = self.check_out().await?;
             backend.up.put(&self.pending);
             self.pending.clear();
+            self.pending.shrink_to(FIRST_READ);
             match self.with_backend(&mut backend).await {
-                Ok(()) => self.give_back(backend).await,
+                Ok(()) => {
+                    self.served = true;
+                    self.give_back(backend).await;
+                }
                 Err(end) => {
                     self.close_backend(*backend, &end).await;
                     return Err(end);
@@ -148,37 +163,37 @@ impl Session {
         }
     }
 
-    async fn end(self, end: End) {
-        self.clean_up_after().await;
-        for (count, direction) in self.passed.into_iter().zip(["up", "down"]) {
-            metrics::counter!("ebb_proxy_relayed_bytes_total", "direction" => direction).increment(count);
+    async fn end(mut self, end: End) {
+        count_passed(&mut self.passed);
+        if !self.introduced {
+            let (outcome, sqlstate) = end.as_connect();
+            note_connect(outcome, sqlstate);
         }
         let words = match end {
-            End::Silent => return,
+            End::Silent => None,
             End::Say(said) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "session ended");
-                encoded(&said)
+                Some(encoded(&said))
             }
-            End::Pass(words) => words,
+            End::Pass(words) => Some(words),
         };
+        let Self { client, branch, pool, seat, conversation, _membership, .. } = self;
         // In the middle of another message nothing can be said.
-        if self.conversation.server_at_boundary() {
-            self.client.goodbye(&words).await;
+        match words.filter(|_| conversation.server_at_boundary()) {
+            Some(words) => client.goodbye(&words).await,
+            None => drop(client),
         }
-    }
-
-    /// The backend that the client had last may still hold what nobody saw it take.
-    async fn clean_up_after(&self) {
-        if !self.branch.begin_work(self.conn()) {
-            return;
-        }
-        if let Some(mut backend) = self.pool.take_left_by(self.conn()) {
-            if self.reset(&mut backend).await.is_some() {
+        // The backend that the client had last may still hold what nobody saw it take.
+        let conn = seat.sitter.conn;
+        if branch.begin_work(conn) {
+            if let Some(mut backend) = pool.take_left_by(conn)
+                && reset(&mut backend).await.is_some()
+            {
                 backend.last = 0;
-                self.pool.give_back(backend);
+                pool.give_back(backend);
             }
+            branch.stand(conn, Standing::Apart);
         }
-        self.branch.stand(self.conn(), Standing::Apart);
     }
 
     /// What an order means to a session that is not in the middle of anything.
@@ -228,6 +243,8 @@ impl Session {
             body.extend_from_slice(&self.key.key.secret.to_be_bytes());
         });
         message(&mut out, b'Z', |body| body.push(b'I'));
+        self.introduced = true;
+        note_connect("ok", "");
         self.send(&out).await
     }
 
@@ -240,7 +257,7 @@ impl Session {
         if !self.pending.is_empty() {
             return Ok(());
         }
-        self.seat.set_doing(Doing::Hibernated);
+        self.seat.set_doing(if self.served { Doing::Hibernated } else { Doing::Idle });
         let mut first = [0; FIRST_READ];
         loop {
             self.obey()?;
@@ -262,6 +279,16 @@ impl Session {
 
     /// Gets a backend that is as the client left its last one.
     async fn check_out(&mut self) -> Result<Box<Pooled>, End> {
+        let mut wait = None;
+        let result = self.check_out_after(&mut wait).await;
+        if let Some(wait) = wait {
+            wait.over(self.shared.config.slow_wake, result.is_ok());
+        }
+        result
+    }
+
+    /// The same; `wait` is there once it had to wait for its compute.
+    async fn check_out_after(&mut self, wait: &mut Option<Wait>) -> Result<Box<Pooled>, End> {
         let begun = Instant::now();
         let budget = self.shared.config.wake_budget;
         let mut notice_at = begun + NOTICE_AFTER;
@@ -270,12 +297,13 @@ impl Session {
         loop {
             self.obey()?;
             if self.branch.begin_work(self.conn()) {
-                if let Some(backend) = self.try_check_out(begun, &mut notice_at, &mut refused).await? {
+                if let Some(backend) = self.try_check_out(begun, &mut notice_at, &mut refused, wait).await? {
                     return Ok(backend);
                 }
                 self.branch.stand(self.conn(), Standing::Apart);
             }
             self.seat.set_doing(Doing::Waiting);
+            wait.get_or_insert_with(Wait::begin).enter(Stage::Gate);
             let pause = if self.branch.gate() == Gate::Open { RETRY_AFTER } else { budget };
             tokio::select! {
                 () = self.seat.attention() => {}
@@ -298,6 +326,7 @@ impl Session {
         begun: Instant,
         notice_at: &mut Instant,
         refused: &mut Option<Vec<u8>>,
+        wait: &mut Option<Wait>,
     ) -> Result<Option<Box<Pooled>>, End> {
         loop {
             let grant = match self.pool.ask(self.conn(), &self.pool_key) {
@@ -311,10 +340,13 @@ impl Session {
                 // The next one may be alive.
                 Grant::Backend(backend) if !backend.is_alive() => continue,
                 Grant::Backend(backend) => backend,
-                Grant::Slot(slot) => match self.start(slot, begun, notice_at, refused).await? {
-                    Some(backend) => backend,
-                    None => return Ok(None),
-                },
+                Grant::Slot(slot) => {
+                    let wait = wait.get_or_insert_with(Wait::begin).clone();
+                    match self.start(slot, begun, notice_at, refused, wait).await? {
+                        Some(backend) => backend,
+                        None => return Ok(None),
+                    }
+                }
             };
             if self.dress_up(&mut backend).await? {
                 self.seat.set_backend(backend.generation, Some(backend.cancel_target()));
@@ -376,11 +408,12 @@ impl Session {
         begun: Instant,
         notice_at: &mut Instant,
         refused: &mut Option<Vec<u8>>,
+        wait: Wait,
     ) -> Result<Option<Box<Pooled>>, End> {
         self.seat.set_doing(Doing::Waiting);
         let budget = self.shared.config.wake_budget;
         let seat = self.seat.clone();
-        let starting = start(self.shared.clone(), self.branch.clone(), self.startup.clone(), seat.clone());
+        let starting = start(self.shared.clone(), self.branch.clone(), self.startup.clone(), seat.clone(), wait);
         let mut starting = Box::pin(starting);
         let result = loop {
             tokio::select! {
@@ -467,7 +500,7 @@ impl Session {
             }
             backend.exchange.begin(own, usize::from(!sql.is_empty()));
         } else {
-            if !(own && backend.dress.is_none()) && self.reset(backend).await.is_none() {
+            if !(own && backend.dress.is_none()) && reset(backend).await.is_none() {
                 return Ok(false);
             }
             if backend.named != self.application {
@@ -527,20 +560,6 @@ impl Session {
         sql.push_str(&format!("SET application_name = '{name}'"));
     }
 
-    /// Undoes what clients have left in a backend. Nothing if it does not come to itself.
-    async fn reset(&self, backend: &mut Pooled) -> Option<()> {
-        let sql = if backend.dress.as_ref().is_some_and(|kept| kept.has_statements()) {
-            backend.held.clear();
-            RESET_ALL
-        } else {
-            RESET
-        };
-        timeout(RESET_TIMEOUT, ask(backend, sql, |_| {})).await.ok()??;
-        backend.dress = None;
-        backend.named.clone_from(&backend.application);
-        Some(())
-    }
-
     // With a backend.
 
     /// Relays until the backend can be given back.
@@ -586,9 +605,21 @@ impl Session {
             Pause::ClientGone => End::Silent,
             Pause::Refused(Refused::Malformed(what)) => End::Say(Said::malformed(&what.to_string())),
             Pause::Refused(Refused::Statement(what)) => End::Say(Said::not_pooled(what)),
+            Pause::NotReset => {
+                tracing::error!("backend of a pool could not be reset");
+                End::Say(Said::not_replayed("the connection of the pool could not be reset"))
+            }
             Pause::ServerMalformed => {
                 tracing::error!("backend sent a malformed message");
                 End::Silent
+            }
+            Pause::Unowned => {
+                self.branch.forget(backend.generation);
+                match self.conversation.server_at_boundary() && !backend.down.has_ready() {
+                    true => End::Say(Said::compute_lost(busy)),
+                    // The rest of what was begun may not be told.
+                    false => End::Silent,
+                }
             }
             Pause::Ordered(Order::Lost) | Pause::ServerGone => {
                 if self.conversation.is_terminated() || self.conversation.ends_with_error() {
@@ -602,8 +633,8 @@ impl Session {
 
     /// After a transaction: takes note of what the client has left behind.
     async fn settle(&mut self, backend: &mut Pooled) -> Result<After, End> {
-        let unclear = self.conversation.unnamed_statement().is_err();
-        if !backend.exchange.is_touched() && !unclear {
+        let had = self.pin.is_some() || self.kept.is_some();
+        if !backend.exchange.is_touched(had) {
             if self.pin.is_none() {
                 return Ok(After::GiveBack);
             }
@@ -712,7 +743,7 @@ impl Session {
     async fn give_back(&mut self, mut backend: Box<Pooled>) {
         // From here on no request to cancel finds it.
         self.seat.set_backend(0, None);
-        self.pending = backend.up.take_unread();
+        backend.up.take_unread(&mut self.pending);
         backend.up.shrink();
         if backend.out.capacity() > super::chunk::SIZE {
             backend.out = Vec::new();
@@ -771,16 +802,33 @@ async fn start(
     branch: Arc<Branch>,
     startup: Box<[u8]>,
     seat: Arc<Seat>,
+    wait: Wait,
 ) -> Result<(Awake, Backend), StartFailed> {
-    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(StartFailed::Endpoint)?;
+    wait.enter(Stage::Wake);
+    let awake = branch.wake(&shared.tasks).await.map_err(StartFailed::Endpoint)?;
     if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
         return Err(StartFailed::NotAdmitted);
     }
     let generation = awake.generation;
+    wait.enter(Stage::Start);
     match Backend::start(&awake.socket, &startup).await {
         Ok(backend) => Ok((awake, backend)),
         Err(error) => Err(StartFailed::Start { generation, error }),
     }
+}
+
+/// Undoes what clients have left in a backend. Nothing if it does not come to itself.
+async fn reset(backend: &mut Pooled) -> Option<()> {
+    let sql = if backend.dress.as_ref().is_some_and(|kept| kept.has_statements()) {
+        backend.held.clear();
+        RESET_ALL
+    } else {
+        RESET
+    };
+    timeout(RESET_TIMEOUT, ask(backend, sql, |_| {})).await.ok()??;
+    backend.dress = None;
+    backend.named.clone_from(&backend.application);
+    Some(())
 }
 
 /// Asks a backend that is at rest, and waits for the answer: first columns of rows. Nothing if it fails or is gone.

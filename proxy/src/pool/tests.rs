@@ -13,7 +13,11 @@ fn pool(size: usize) -> Arc<Pool> {
 
 /// A backend that nobody is behind; what keeps its socket open.
 fn backend(key: &Arc<Key>, slot: Slot, conn: u64) -> (Box<Pooled>, UnixStream) {
-    let (stream, other) = UnixStream::pair().unwrap();
+    let (stream, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let [stream, other] = [stream, other].map(|socket| {
+        socket.set_nonblocking(true).unwrap();
+        UnixStream::from_std(socket).unwrap()
+    });
     let started = Backend { stream, key: CancelKey { id: 0, secret: 0 }, parameters: Vec::new(), notices: Vec::new() };
     let awake = Awake { generation: 1, socket: "/none".into(), admits: None };
     (Box::new(Pooled::new(awake, started, key.clone(), Box::default(), slot, conn)), other)

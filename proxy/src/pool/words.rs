@@ -16,6 +16,10 @@ impl Words {
     pub const HOLDS: Self = Self(2);
     /// Something that no tag tells: a temporary object, `set_config`, an advisory lock of the session.
     pub const LEAVES: Self = Self(4);
+    /// An advisory lock of the session given up.
+    pub const FREES: Self = Self(8);
+    /// Prepared statements given up: `DEALLOCATE`, `DISCARD`.
+    pub const DROPS: Self = Self(16);
     /// What a text that is too long to be looked through has to be taken for: its tag decides.
     pub const UNREAD: Self = Self(1 | 2);
 
@@ -51,7 +55,8 @@ impl Words {
                 [b'r' | b'R', ..] if is(word, b"reset") => found = found.and(Self::SETS),
                 [b'h' | b'H', ..] if is(word, b"hold") => found = found.and(Self::HOLDS),
                 [b't' | b'T', ..] if is(word, b"temp") || is(word, b"temporary") => found = found.and(Self::LEAVES),
-                [b'p' | b'P', ..] if leaves_lock_or_table(word) => found = found.and(Self::LEAVES),
+                [b'd' | b'D', ..] if is(word, b"deallocate") || is(word, b"discard") => found = found.and(Self::DROPS),
+                [b'p' | b'P', ..] => found = found.and(of_function(word)),
                 _ => {}
             }
         }
@@ -97,11 +102,17 @@ fn is(word: &[u8], other: &[u8]) -> bool {
     word.eq_ignore_ascii_case(other)
 }
 
-/// Functions that take locks of the session; `pg_temp` names its temporary schema.
-fn leaves_lock_or_table(word: &[u8]) -> bool {
+/// Functions that take and give up locks of the session; `pg_temp` names its temporary schema.
+fn of_function(word: &[u8]) -> Words {
     let begins = |with: &[u8]| word.get(..with.len()).is_some_and(|head| is(head, with));
     let in_transaction = || word.windows(4).any(|part| is(part, b"xact"));
-    begins(b"pg_temp") || (begins(b"pg_advisory_") || begins(b"pg_try_advisory_")) && !in_transaction()
+    if begins(b"pg_advisory_unlock") {
+        Words::FREES
+    } else if begins(b"pg_temp") || (begins(b"pg_advisory_") || begins(b"pg_try_advisory_")) && !in_transaction() {
+        Words::LEAVES
+    } else {
+        Words::default()
+    }
 }
 
 /// Whether the arguments of a `set_config` end with a plain `true`: then it is for the transaction alone.
@@ -134,6 +145,8 @@ mod tests {
         check("create table pg_temp.x ()", &[Words::LEAVES]);
         check("select pg_advisory_lock(1), pg_try_advisory_lock_shared(2)", &[Words::LEAVES]);
         check("declare c cursor with hold for select 1", &[Words::HOLDS]);
+        check("select pg_advisory_unlock_all()", &[Words::FREES]);
+        check("discard all", &[Words::DROPS]);
     }
 
     #[test]

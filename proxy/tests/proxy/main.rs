@@ -8,6 +8,7 @@ mod fence;
 mod harness;
 mod hibernate;
 mod pool;
+mod pool_drivers;
 mod pool_names;
 mod raw;
 mod relay;

@@ -384,7 +384,7 @@ fn what_lasts_is_noted() {
     let touched = |steps: &[Step]| {
         let mut scene = Scene::new();
         scene.play(0, 0, &encode(steps), 1 << 16);
-        scene.backends[0].exchange.is_touched()
+        scene.backends[0].exchange.is_touched(false)
     };
     assert!(touched(&[Step::Query(6)]));
     assert!(touched(&[Step::Parse(1, 4), Step::Bind(1), Step::Execute]));
