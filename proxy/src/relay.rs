@@ -15,7 +15,7 @@ use std::task::{Context, Poll};
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::{Conversation, Malformed};
 use crate::endpoints::Unreplayable;
-use crate::haste::Haste;
+use crate::haste::{Haste, Turn};
 use crate::stream::{Buffer, ClientStream};
 use crate::unix::UnixStream;
 
@@ -163,6 +163,7 @@ impl<'a> Link<'a> {
             if self.flow.gated && self.may_stop() {
                 return Poll::Ready(if self.flow.draining { Pause::AtRest } else { Pause::AtGate });
             }
+            let before = self.passed[0] + self.passed[1];
             let mut moved = match self.pump_up(cx) {
                 Ok(moved) => moved,
                 Err(pause) => return Poll::Ready(pause),
@@ -179,7 +180,8 @@ impl<'a> Link<'a> {
                 }
                 self.seat.set_doing(if active { Doing::Active } else { Doing::Idle });
             }
-            if self.passed[0] + self.passed[1] >= COUNT_AFTER {
+            let passed = self.passed[0] + self.passed[1];
+            if passed >= COUNT_AFTER {
                 count_passed(self.passed);
             }
             if !moved {
@@ -187,7 +189,7 @@ impl<'a> Link<'a> {
                 self.down.free();
                 return Poll::Pending;
             }
-            self.flow.haste.moved();
+            self.flow.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
         }
     }
 
