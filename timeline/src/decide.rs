@@ -8,6 +8,7 @@ use ebb_compute::import::DumpFormat;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
@@ -61,6 +62,8 @@ pub enum Ask {
         durability: Option<Durability>,
         /// What is done for it by itself.
         upkeep: UpkeepChange,
+        /// What becomes of idle sessions that cannot be given back; `None`: as it is.
+        pinned: Option<Pinned>,
     },
     /// A branch less.
     DeleteBranch {
@@ -605,10 +608,13 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 rescue_until: None,
             })
         }
-        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, .. }) => {
+        (
+            Plan::ChangeBranch { branch },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, .. },
+        ) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep) = (*branch, upkeep.clone());
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep });
+            let (branch, upkeep, pinned) = (*branch, upkeep.clone(), *pinned);
+            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

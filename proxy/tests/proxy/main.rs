@@ -7,5 +7,8 @@ mod connect;
 mod fence;
 mod harness;
 mod hibernate;
+mod pings;
 mod raw;
 mod relay;
+mod replication;
+mod survive;
