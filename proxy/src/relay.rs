@@ -15,7 +15,7 @@ use std::task::{Context, Poll};
 use crate::backend::is_postmaster_death;
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::{Conversation, Malformed};
-use crate::haste::Haste;
+use crate::haste::{Haste, Turn};
 use crate::pings::is_ping;
 use crate::replication::Walstream;
 use crate::stream::{Buffer, ClientStream};
@@ -184,6 +184,7 @@ impl<'a> Link<'a> {
             if self.flow.gated && self.may_stop() {
                 return Poll::Ready(if self.flow.draining { Pause::AtRest } else { Pause::AtGate });
             }
+            let before = self.passed[0] + self.passed[1];
             let mut moved = match self.pump_up(cx) {
                 Ok(moved) => moved,
                 Err(pause) => return Poll::Ready(pause),
@@ -197,7 +198,8 @@ impl<'a> Link<'a> {
                 self.flow.active = active;
                 self.seat.set_doing(if active { Doing::Active } else { Doing::Idle });
             }
-            if self.passed[0] + self.passed[1] >= COUNT_AFTER {
+            let passed = self.passed[0] + self.passed[1];
+            if passed >= COUNT_AFTER {
                 count_passed(self.passed);
             }
             if !moved {
@@ -205,7 +207,7 @@ impl<'a> Link<'a> {
                 self.down.free();
                 return Poll::Pending;
             }
-            self.flow.haste.moved();
+            self.flow.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
         }
     }
 
@@ -222,8 +224,8 @@ impl<'a> Link<'a> {
         if self.up.has_held() && (!self.flow.gated || self.conversation.wants_client()) {
             // A ping keeps no compute awake.
             let turn_begins = self.conversation.is_idle() && self.conversation.client_at_boundary();
-            self.flow.pinged = turn_begins
-                && is_ping(self.up.held(), self.select_one, |name| self.conversation.ping_statement(name));
+            self.flow.pinged =
+                turn_begins && is_ping(self.up.held(), self.select_one, |name| self.conversation.ping_statement(name));
             let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
             if let Some(walstream) = &mut self.walstream {
                 walstream.client_sent(&self.up.held()[..count]);

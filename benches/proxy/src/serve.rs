@@ -68,6 +68,10 @@ impl Endpoints for AlwaysAwake {
         Ok(branch)
     }
 
+    fn may_answer(&self) -> bool {
+        true
+    }
+
     async fn wake(&self, _: BranchId) -> Result<Awake, EndpointError> {
         let _ = self.awake.subscribe().wait_for(|awake| *awake).await;
         Ok(Awake { generation: 1, socket: self.socket.clone(), admits: None })

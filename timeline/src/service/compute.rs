@@ -215,11 +215,10 @@ impl Service {
             let known = state.branch_by_id(branch)?;
             Start {
                 head_end: known.history.seal_of(data.head).and_then(|seal| seal.end),
-                begun_here: {
-                    let first = known.history.seals().iter().find(|seal| seal.line == data.line);
-                    let since = state.owner.map_or(Timestamp::MAX, |owner| owner.since).max(self.opened_at);
-                    first.is_some_and(|first| first.at >= since)
-                },
+                // By entries, not by times: clocks jump, and differ from node to node.
+                begun_here: state
+                    .owner
+                    .is_some_and(|owner| known.line_entry >= owner.entry.max(project.entries_when_opened)),
                 earlier: known.history.before(data.head, data.line),
                 data,
                 pg_major: facts.pg_major,

@@ -32,6 +32,8 @@ pub struct World {
     pub uploaded: HashSet<LayerId>,
     pub volumes: HashMap<BranchId, FakeVolume>,
     pub starts: u64,
+    /// Whether the last start was told that nobody else can have archived WAL of the branch.
+    pub begun_here: bool,
     /// Visits, and the layers made for them alone.
     pub visits: HashMap<BranchId, Option<LayerId>>,
     /// The next start fails.
@@ -198,6 +200,7 @@ impl Node for FakeNode {
             world.volumes.insert(branch, volume);
         }
         world.starts += 1;
+        world.begun_here = start.begun_here;
         let volume = world.volumes.get_mut(&branch).unwrap();
         assert!(volume.running.is_none(), "two units on one volume");
         volume.running = Some(CancellationToken::new());
