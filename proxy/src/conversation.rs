@@ -19,6 +19,7 @@
 use std::collections::VecDeque;
 
 use crate::frame::{BadLength, Frame, Piece};
+use crate::pings::may_ping;
 use crate::settings::SettingNames;
 use crate::wire::Fields;
 
@@ -29,6 +30,9 @@ const AWAITING_MAX: usize = 65_536;
 const TEXT_MAX: usize = 8 * 1024;
 /// LIMIT: the parameters Postgres reports are short names and values.
 const PARAMETER_MAX: usize = 4 * 1024;
+
+/// LIMIT: a driver has one statement that it pings with, a program perhaps another.
+const PING_STATEMENTS_MAX: usize = 4;
 
 /// A parameter's name and value, in the session's encoding.
 pub type Parameter = (Box<[u8]>, Box<[u8]>);
@@ -103,6 +107,8 @@ pub struct Conversation {
     heard: bool,
     settings: SettingNames,
     unnamed: Unnamed,
+    /// Named statements that pools ping with: name and text.
+    ping_statements: Vec<Parameter>,
     /// A text that arrives in pieces.
     client_text: Vec<u8>,
     server_text: Vec<u8>,
@@ -128,6 +134,7 @@ impl Conversation {
             heard: false,
             settings: SettingNames::default(),
             unnamed: Unnamed::None,
+            ping_statements: Vec::new(),
             client_text: Vec::new(),
             server_text: Vec::new(),
             parameters: Vec::new(),
@@ -145,6 +152,11 @@ impl Conversation {
     /// Whether the backend may be exchanged: idle, and both streams between two messages.
     pub fn is_at_rest(&self) -> bool {
         self.is_idle() && !self.doubt && self.client.at_boundary() && self.server.at_boundary()
+    }
+
+    /// Whether nothing that the server says now would be an answer.
+    pub fn awaits_nothing(&self) -> bool {
+        self.awaiting.is_empty() && !self.unsynced && self.copy == CopyIn::No && self.server.at_boundary()
     }
 
     /// Whether a message of our own may be put into the stream to the client here.
@@ -231,6 +243,20 @@ impl Conversation {
             Unnamed::None | Unnamed::TooLong { used: true } => Ok(None),
             Unnamed::Kept(body) => Ok(Some(body)),
             Unnamed::TooLong { used: false } => Err(TooLong),
+        }
+    }
+
+    /// The text of a named statement without parameters, if that may be a ping.
+    pub fn ping_statement(&self, name: &[u8]) -> Option<&[u8]> {
+        self.ping_statements.iter().find(|(held, _)| **held == *name).map(|(_, text)| &**text)
+    }
+
+    fn note_ping_statement(&mut self, parse: &[u8]) {
+        let mut fields = Fields(parse);
+        let (Some(name), Some(text)) = (fields.cstr(), fields.cstr()) else { return };
+        self.ping_statements.retain(|(held, _)| **held != *name);
+        if fields.0 == [0, 0] && may_ping(text) && self.ping_statements.len() < PING_STATEMENTS_MAX {
+            self.ping_statements.push((name.into(), text.into()));
         }
     }
 
@@ -406,6 +432,8 @@ impl Conversation {
                 }
                 other => *other = Unnamed::Kept(body.to_vec()),
             }
+        } else {
+            self.note_ping_statement(body);
         }
     }
 
