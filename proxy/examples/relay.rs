@@ -27,7 +27,7 @@ struct AlwaysAwake {
 #[async_trait]
 impl Endpoints for AlwaysAwake {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
-        Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "postgres".to_owned() })
+        Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "postgres".to_owned(), pool_size: None })
     }
 
     async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {

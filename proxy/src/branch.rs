@@ -41,6 +41,7 @@ use crate::cancel::CancelTarget;
 use crate::endpoints::{
     Activity, Awake, Blocked, Census, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable,
 };
+use crate::pool::Pool;
 
 /// LIMIT: detaching is a `Terminate` and a close; what takes longer is stuck.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -340,6 +341,8 @@ pub struct Branch {
     /// A session's standing changed, or one left.
     settled: Notify,
     fencing: tokio::sync::Mutex<()>,
+    /// The backends of its clients in transaction mode.
+    pub pool: Arc<Pool>,
 }
 
 impl Branch {
@@ -358,6 +361,7 @@ impl Branch {
             }),
             settled: Notify::new(),
             fencing: tokio::sync::Mutex::default(),
+            pool: Pool::new(),
         })
     }
 
@@ -510,6 +514,13 @@ impl Branch {
         self.inner.lock().sessions(|_| true)
     }
 
+    /// A compute is gone.
+    pub fn lost(&self, generation: u64) {
+        self.forget(generation);
+        self.pool.lost(generation);
+        self.order(Order::Lost, Some(generation));
+    }
+
     /// Gives an order to every session, or to those attached to computes up to a generation.
     pub fn order(&self, order: Order, generation: Option<u64>) {
         let inner = self.inner.lock();
@@ -554,6 +565,8 @@ impl Branch {
             tracing::error!(branch = %self.id, sessions = blocked.0.len(), "sessions did not let go of their backends");
             return Err(blocked);
         }
+        // Nobody gives one back any more.
+        self.pool.close_idle().await;
         self.inner.lock().move_gate(Gate::Closed);
         std::mem::forget(lower);
         Ok(())

@@ -182,6 +182,36 @@ impl Conversation {
         self.heard = false;
     }
 
+    /// Whether every sync point has been answered; a transaction may be open.
+    pub fn is_answered(&self) -> bool {
+        self.awaiting.is_empty()
+    }
+
+    /// Whether it cannot be told which answers are still to come: while data is copied in, and after that failed.
+    pub fn is_unclear(&self) -> bool {
+        self.doubt || self.copy != CopyIn::No
+    }
+
+    /// Whether so many answers are awaited that no more of the client's bytes are taken.
+    pub fn awaits_too_much(&self) -> bool {
+        self.awaiting.len() >= AWAITING_MAX
+    }
+
+    /// Whether the client's bytes so far end with a sync point.
+    pub fn is_turn_over(&self) -> bool {
+        !self.unsynced && self.client.at_boundary()
+    }
+
+    /// The parameters as the client was last told them.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// Whether the client was told something else, or nothing, of this parameter.
+    pub fn would_be_news(&self, name: &[u8], value: &[u8]) -> bool {
+        !self.parameters.iter().any(|(known, told)| **known == *name && **told == *value)
+    }
+
     /// Whether the client has sent `Terminate`.
     pub fn is_terminated(&self) -> bool {
         self.terminated
@@ -202,6 +232,11 @@ impl Conversation {
             Unnamed::Kept(body) => Ok(Some(body)),
             Unnamed::TooLong { used: false } => Err(TooLong),
         }
+    }
+
+    /// Notes that the `Parse` of an unnamed statement has failed.
+    pub fn forget_unnamed(&mut self) {
+        self.unnamed = Unnamed::None;
     }
 
     /// Gives back memory that only a busy session needs.

@@ -42,6 +42,8 @@ pub struct Endpoint {
     pub name: EndpointName,
     /// The database meant where a client names none.
     pub default_database: String,
+    /// How many backends its clients in transaction mode share, if that is set for it.
+    pub pool_size: Option<usize>,
 }
 
 /// A compute that answers.

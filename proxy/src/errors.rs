@@ -169,6 +169,35 @@ impl Said {
             .hint("Close connections that are not needed, or use a connection pool in the application.")
     }
 
+    // Transaction mode.
+
+    /// A `pool=` that is no mode.
+    pub fn not_a_pool_mode(text: &str) -> Self {
+        Self::fatal(SqlState::INVALID_PARAMETER_VALUE, format!("pool mode {text:?} is not valid"))
+            .hint("A pool mode is transaction or session.")
+    }
+
+    /// Something that sessions in transaction mode cannot have.
+    pub fn not_pooled(what: &str) -> Self {
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, "this is not available in transaction mode")
+            .detail(format!("What is meant: {what}."))
+            .hint("Connect to the endpoint's own name, without -pooler.")
+    }
+
+    /// No backend became free in time.
+    pub fn pool_exhausted(size: usize, waited: Duration) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "no connection of the pool became free")
+            .detail(format!("The pool has {size} connections; the session waited {} s for one.", waited.as_secs_f64()))
+            .hint("Keep transactions short, or make the pool larger (ebb branch set --pool-size).")
+    }
+
+    /// The session has to keep its backend, and too many do already.
+    pub fn too_many_pins(reason: &str) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "too many sessions keep a connection of the pool for themselves")
+            .detail(format!("This one would keep it for a {reason}; half of the pool may be kept so."))
+            .hint("Connect to the endpoint's own name, without -pooler, or give up what keeps the connection.")
+    }
+
     // Waiting.
 
     /// The wake budget is spent; `usual` is how long the branch's last wake took.

@@ -12,7 +12,7 @@
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
 //!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
-//!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
 //! ```
 //!
 //! **Invariants**
@@ -26,7 +26,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;
@@ -42,6 +42,7 @@ mod lexical;
 mod limits;
 mod login;
 mod pings;
+mod pool;
 mod proxy;
 mod relay;
 mod replication;

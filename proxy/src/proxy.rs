@@ -68,6 +68,11 @@ pub struct ProxyConfig {
     pub drain_deadline: Duration,
     /// Sessions one endpoint may hold, hibernated ones included. Default 10,000; then `53300`.
     pub sessions_per_endpoint_max: usize,
+    /// Backends that a branch's clients in transaction mode share, where the branch has no number of its own. Default: a
+    /// quarter of the connections that its Postgres takes.
+    pub pool_size: Option<usize>,
+    /// How long a client in transaction mode waits for one of them. Default 30 s; then `53300`.
+    pub pool_wait: Duration,
     /// A client that waits for longer is written to the log, with what it waited for. Default 2 s.
     pub slow_wake: Duration,
     /// Threads that carry the sessions. Default: one for four processors; they are shared with whatever else runs here.
@@ -86,6 +91,8 @@ impl ProxyConfig {
             login_timeout: Duration::from_secs(15),
             drain_deadline: Duration::from_secs(5),
             sessions_per_endpoint_max: 10_000,
+            pool_size: None,
+            pool_wait: Duration::from_secs(30),
             slow_wake: Duration::from_secs(2),
             lanes: Lanes::usual(),
         }
@@ -381,8 +388,7 @@ impl Sessions for Shared {
 
     fn lost(&self, branch: BranchId, generation: u64) {
         if let Some(branch) = self.known_branch(branch) {
-            branch.forget(generation);
-            branch.order(Order::Lost, Some(generation));
+            branch.lost(generation);
         }
     }
 }

@@ -32,6 +32,7 @@ use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
+use crate::pool;
 use crate::proxy::Shared;
 use crate::relay::{Link, Pause, count_passed};
 use crate::replication::{self, History, Resume, Walstream};
@@ -44,9 +45,9 @@ use crate::wishes::Wishes;
 mod sleeping;
 
 /// After how long a wait deserves a word.
-const NOTICE_AFTER: Duration = Duration::from_secs(1);
+pub const NOTICE_AFTER: Duration = Duration::from_secs(1);
 /// Between two tries to reach a compute that should be there.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
+pub const RETRY_AFTER: Duration = Duration::from_millis(20);
 /// How often a stream of WAL is looked at, whether it has become quiet.
 const STREAM_LOOK: Duration = Duration::from_millis(200);
 /// LIMIT: between two wakes, after one that failed for a reason that may pass.
@@ -60,7 +61,7 @@ const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
 /// Counts what became of a connection; `sqlstate` is empty where the client was told none.
-fn note_connect(outcome: &'static str, sqlstate: &'static str) {
+pub fn note_connect(outcome: &'static str, sqlstate: &'static str) {
     metrics::counter!("ebb_proxy_connects_total", "outcome" => outcome, "sqlstate" => sqlstate).increment(1);
 }
 
@@ -88,34 +89,37 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
     .await;
 }
 
-async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
-    let Login { client, mut startup, endpoint, role } = login;
+async fn run(shared: &Arc<Shared>, mut login: Login, peer: SocketAddr, conn: u64) {
     let span = tracing::Span::current();
-    span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
-    let wishes = match Wishes::take(&mut startup, shared.config.answer_pings) {
+    span.record("endpoint", tracing::field::display(&login.endpoint.name)).record("role", &login.role);
+    let wishes = match Wishes::take(&mut login.startup, shared.config.answer_pings) {
         Ok(wishes) => wishes,
         Err(said) => {
             note_connect("refused", said.sqlstate());
-            return client.goodbye(&encoded(&said)).await;
+            return login.client.goodbye(&encoded(&said)).await;
         }
     };
-    let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
+    let text = |name: &str| login.startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
-        role,
+        role: login.role.clone(),
         database: text("database"),
         application: text("application_name"),
         peer: peer.to_string(),
     };
-    let branch = shared.branch(endpoint.branch);
+    let branch = shared.branch(login.endpoint.branch);
     let seat = Seat::new(sitter);
     let limit = shared.config.sessions_per_endpoint_max;
     let Some(membership) = branch.join(&seat, limit) else {
-        let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
+        let said = Said::too_many_sessions(&login.endpoint.name.to_string(), limit);
         note_connect("refused", said.sqlstate());
-        return client.goodbye(&encoded(&said)).await;
+        return login.client.goodbye(&encoded(&said)).await;
     };
-    tracing::debug!(branch = %endpoint.branch, "client logged in");
+    tracing::debug!(branch = %login.endpoint.branch, pooled = login.pooled, "client logged in");
+    if login.pooled {
+        return pool::run(shared, login, branch, seat, membership, wishes.notice).await;
+    }
+    let Login { client, startup, .. } = login;
     let session = Session {
         key: shared.keys.issue(&seat),
         shared: shared.clone(),
@@ -140,7 +144,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
 
 /// How a session ends.
 #[derive(Debug)]
-enum End {
+pub enum End {
     /// With words of the proxy's own.
     Say(Said),
     /// With words of the backend's.
@@ -151,7 +155,7 @@ enum End {
 
 impl End {
     /// How the connection of a client that never had a backend is counted.
-    fn as_connect(&self) -> (&'static str, &'static str) {
+    pub fn as_connect(&self) -> (&'static str, &'static str) {
         match self {
             End::Silent => ("left", ""),
             End::Say(said) => ("refused", said.sqlstate()),
@@ -415,7 +419,7 @@ impl Session {
         if let (Some(walstream), Some(history)) = (&mut self.walstream, history) {
             walstream.set_history(history);
         }
-        let target = CancelTarget { socket: awake.socket, key: backend.key };
+        let target = CancelTarget { socket: awake.socket, key: backend.key, _lease: None };
         self.generation = awake.generation;
         self.seat.set_backend(awake.generation, Some(target));
 

@@ -79,7 +79,7 @@ impl World {
         }
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.dir.path().join(".s.PGSQL.5432")
     }
 
@@ -151,7 +151,12 @@ impl Drop for World {
 impl Endpoints for World {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         if name.to_string() == ENDPOINT {
-            return Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned() });
+            return Ok(Endpoint {
+                branch: BRANCH,
+                name: name.clone(),
+                default_database: "app".to_owned(),
+                pool_size: None,
+            });
         }
         Err(EndpointError {
             sqlstate: SqlState::INVALID_CATALOG_NAME,
@@ -271,6 +276,17 @@ impl Ebb {
             .dbname("app")
             .options(format!("endpoint={ENDPOINT}"));
         config
+    }
+
+    /// A configuration that leads to it in transaction mode.
+    pub fn pooled(&self) -> Config {
+        let mut config = self.config();
+        config.options(format!("endpoint={ENDPOINT}-pooler"));
+        config
+    }
+
+    pub async fn connect_pooled(&self) -> Client {
+        connect(&self.pooled()).await.unwrap()
     }
 
     pub async fn connect(&self) -> Client {

@@ -225,6 +225,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             durability: None,
             upkeep: UpkeepChange::default(),
             pinned: None,
+            pool_size: None,
         }),
         (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
             branch,
@@ -233,6 +234,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             durability: None,
             upkeep: UpkeepChange::default(),
             pinned: None,
+            pool_size: None,
         }),
     ]
 }
