@@ -19,7 +19,7 @@ use super::{Pool, Pooled};
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::Conversation;
 use crate::endpoints::Unreplayable;
-use crate::haste::Haste;
+use crate::haste::{Haste, Turn};
 use crate::stream::ClientStream;
 
 /// Why a link stopped.
@@ -63,6 +63,8 @@ pub struct Link<'a> {
     pub pool: &'a Pool,
     /// Bytes passed on, up and down.
     pub passed: &'a mut [u64; 2],
+    /// Whether to look at the sockets once more.
+    pub haste: &'a mut Haste,
     /// The backend stays with the client: rest is no reason to stop, but at the gate.
     pub pinned: bool,
 }
@@ -77,7 +79,6 @@ struct Flow {
     backend_eof: bool,
     /// The client's stream holds bytes back (TLS).
     unflushed: bool,
-    haste: Haste,
     /// Something was relayed since the link was made: before that, rest is where it begins and not where it ends.
     begun: bool,
 }
@@ -99,7 +100,7 @@ impl Link<'_> {
                 cx.waker().wake_by_ref();
             }
             let pumped = self.pump(&mut flow, cx);
-            if pumped.is_pending() && flow.haste.lasts() {
+            if pumped.is_pending() && self.haste.lasts() {
                 // Asks to be polled again once the sockets have been looked at, without waiting for them.
                 let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
             }
@@ -140,6 +141,7 @@ impl Link<'_> {
 
     fn pump(&mut self, flow: &mut Flow, cx: &mut Context<'_>) -> Poll<Pause> {
         loop {
+            let before = self.passed[0] + self.passed[1];
             let mut moved = match self.pump_up(flow, cx) {
                 Ok(moved) => moved,
                 Err(pause) => return Poll::Ready(pause),
@@ -166,7 +168,8 @@ impl Link<'_> {
             if !moved {
                 return Poll::Pending;
             }
-            flow.haste.moved();
+            let passed = self.passed[0] + self.passed[1];
+            self.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
         }
     }
 

@@ -29,10 +29,11 @@ use crate::cancel::IssuedKey;
 use crate::conversation::Conversation;
 use crate::endpoints::{Awake, EndpointError, Unreplayable};
 use crate::errors::Said;
+use crate::haste::Haste;
 use crate::hibernate::{self, Examined, Kept, ReplayError};
 use crate::login::Login;
 use crate::proxy::Shared;
-use crate::relay::count_passed;
+use crate::relay::{COUNT_AFTER, count_passed};
 use crate::session::{End, NOTICE_AFTER, RETRY_AFTER, note_connect};
 use crate::stream::ClientStream;
 use crate::waits::{Stage, Wait};
@@ -81,6 +82,7 @@ pub async fn run(shared: &Arc<Shared>, login: Login, branch: Arc<Branch>, seat: 
         pin: None,
         introduced: false,
         served: false,
+        haste: Haste::default(),
         passed: [0; 2],
         _membership: membership,
     };
@@ -111,6 +113,7 @@ struct Session {
     introduced: bool,
     /// It has come to the end of a transaction.
     served: bool,
+    haste: Haste,
     /// Bytes passed on, up and down.
     passed: [u64; 2],
     _membership: Membership,
@@ -591,6 +594,7 @@ impl Session {
             branch: &self.branch,
             pool: &self.pool,
             passed: &mut self.passed,
+            haste: &mut self.haste,
             pinned: self.pin.is_some(),
         }
     }
@@ -745,6 +749,9 @@ impl Session {
         self.seat.set_backend(0, None);
         backend.up.take_unread(&mut self.pending);
         backend.up.shrink();
+        if self.passed[0] + self.passed[1] >= COUNT_AFTER {
+            count_passed(&mut self.passed);
+        }
         if backend.out.capacity() > super::chunk::SIZE {
             backend.out = Vec::new();
         }
