@@ -555,8 +555,8 @@ impl Session {
     }
 
     fn rename(&self, sql: &mut String) {
-        // Plain ASCII since the start-up, and doubled quotes are right in either kind of string.
-        let name = String::from_utf8_lossy(&self.application).replace('\'', "''");
+        // Doubled quotes are right in either kind of string; backslashes are not.
+        let name = String::from_utf8_lossy(&self.application).replace('\\', "?").replace('\'', "''");
         if !sql.is_empty() {
             sql.push_str("; ");
         }
@@ -571,11 +571,13 @@ impl Session {
             match self.link(backend).run().await {
                 Pause::AtRest => match self.settle(backend).await? {
                     After::GiveBack => return Ok(()),
+                    After::Keep if self.conversation.is_terminated() => return Err(End::Silent),
                     After::Keep => {}
                 },
                 Pause::Ordered(Order::Lost) => {
                     // The compute is dead, but what its backends said last may lie in the socket.
                     let rest = timeout(LAST_WORDS_TIMEOUT, self.link(backend).last_words()).await;
+                    let rest = rest.ok().filter(|rest| !matches!(rest, Pause::AtRest));
                     return Err(self.ended(backend, rest.unwrap_or(Pause::ServerGone)));
                 }
                 pause => return Err(self.ended(backend, pause)),
