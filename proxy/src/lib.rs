@@ -10,6 +10,7 @@
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
 //!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
 //! ```
@@ -25,7 +26,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: answering health pings, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;
@@ -37,11 +38,14 @@ mod frame;
 mod haste;
 mod hibernate;
 mod lanes;
+mod lexical;
 mod limits;
 mod login;
+mod pings;
 mod pool;
 mod proxy;
 mod relay;
+mod replication;
 mod scram;
 mod session;
 mod settings;
@@ -51,6 +55,7 @@ mod tls;
 mod unix;
 mod waits;
 mod wire;
+mod wishes;
 
 pub use backend::connect as connect_socket;
 pub use endpoints::{

@@ -8,6 +8,7 @@ use ebb_compute::import::DumpFormat;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
@@ -63,6 +64,8 @@ pub enum Ask {
         durability: Option<Durability>,
         /// What is done for it by itself.
         upkeep: UpkeepChange,
+        /// What becomes of idle sessions that cannot be given back; `None`: as it is.
+        pinned: Option<Pinned>,
         /// How many backends its clients in transaction mode share, 0 for as many as is derived; `None`: as it is.
         pool_size: Option<u32>,
     },
@@ -614,11 +617,19 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
         }
         (
             Plan::ChangeBranch { branch },
-            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pool_size, .. },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, pool_size, .. },
         ) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep, pool_size) = (*branch, upkeep.clone(), *pool_size);
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pool_size });
+            let (branch, upkeep, pinned, pool_size) = (*branch, upkeep.clone(), *pinned, *pool_size);
+            events.push(Event::BranchChanged {
+                branch,
+                idle_suspend_ms,
+                window_ms,
+                durability,
+                upkeep,
+                pinned,
+                pool_size,
+            });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

@@ -18,7 +18,6 @@ use super::names::Names;
 use super::{Pool, Pooled};
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::Conversation;
-use crate::endpoints::Unreplayable;
 use crate::haste::{Haste, Turn};
 use crate::stream::ClientStream;
 
@@ -123,7 +122,7 @@ impl Link<'_> {
             None => {}
         }
         let gate = self.branch.gate();
-        if gate == Gate::Gathering(Unreplayable::Refuse) && !(self.pinned && self.may_stop(flow)) {
+        if gate.is_refusable() && !(self.pinned && self.may_stop(flow)) {
             // A client with work is a reason not to suspend.
             self.branch.stand(self.seat.sitter.conn, Standing::Busy);
         }

@@ -27,7 +27,7 @@ use crate::backend::{Backend, StartError, encoded, relayed_error};
 use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Standing};
 use crate::cancel::IssuedKey;
 use crate::conversation::Conversation;
-use crate::endpoints::{Awake, EndpointError, Unreplayable};
+use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::haste::Haste;
 use crate::hibernate::{self, Examined, Kept, ReplayError};
@@ -57,7 +57,14 @@ const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
 /// Serves a client that has logged in at a pooler's name.
-pub async fn run(shared: &Arc<Shared>, login: Login, branch: Arc<Branch>, seat: Arc<Seat>, membership: Membership) {
+pub async fn run(
+    shared: &Arc<Shared>,
+    login: Login,
+    branch: Arc<Branch>,
+    seat: Arc<Seat>,
+    membership: Membership,
+    notices: bool,
+) {
     let Login { client, mut startup, endpoint, .. } = login;
     if startup.is_replication() {
         return client.goodbye(&encoded(&Said::not_pooled("replication"))).await;
@@ -75,6 +82,7 @@ pub async fn run(shared: &Arc<Shared>, login: Login, branch: Arc<Branch>, seat: 
         client,
         application: application.into(),
         seat,
+        notices,
         conversation: Conversation::new(),
         names: Names::default(),
         pending: Vec::new(),
@@ -100,6 +108,8 @@ struct Session {
     /// The client's `application_name` of the moment.
     application: Box<[u8]>,
     seat: Arc<Seat>,
+    /// Whether it is told that it waits.
+    notices: bool,
     key: IssuedKey,
     conversation: Conversation,
     names: Names,
@@ -208,8 +218,14 @@ impl Session {
             None => Ok(()),
             Some(Order::Drain | Order::DrainNow) => Err(End::Say(Said::draining(false))),
             Some(Order::Fenced) => Err(End::Say(Said::fenced_out("it did not come to rest in time"))),
+            Some(Order::Evicted) => Err(End::Say(self.evicted())),
             Some(Order::Lost) => Err(End::Say(Said::compute_lost(false))),
         }
+    }
+
+    fn evicted(&self) -> Said {
+        metrics::counter!("ebb_proxy_evictions_total").increment(1);
+        Said::evicted(&self.seat.pin().unwrap_or_else(|| "it cannot be given back".to_owned()))
     }
 
     fn conn(&self) -> u64 {
@@ -317,7 +333,12 @@ impl Session {
                         return Err(End::Pass(relayed_error(&words)));
                     }
                     let open = self.branch.gate() == Gate::Open;
-                    return Err(End::Say(if open { Said::still_waking(budget) } else { Said::still_fenced(budget) }));
+                    let usual = self.branch.usual_wake();
+                    return Err(End::Say(if open {
+                        Said::still_waking(budget, usual)
+                    } else {
+                        Said::still_fenced(budget)
+                    }));
                 }
             }
         }
@@ -396,11 +417,11 @@ impl Session {
         match self.branch.gate() {
             Gate::Open => false,
             // The client waits for the very compute that is to be suspended.
-            Gate::Gathering(Unreplayable::Refuse) => {
+            gate if gate.is_refusable() => {
                 self.branch.stand(self.conn(), Standing::Busy);
                 false
             }
-            Gate::Gathering(Unreplayable::End) | Gate::Detaching | Gate::Closed => true,
+            Gate::Gathering(_) | Gate::Detaching | Gate::Closed => true,
         }
     }
 
@@ -428,7 +449,9 @@ impl Session {
                     }
                 }
                 () = sleep_until(*notice_at) => self.notice(notice_at).await?,
-                () = sleep_until(begun + budget) => return Err(End::Say(Said::still_waking(budget))),
+                () = sleep_until(begun + budget) => {
+                    return Err(End::Say(Said::still_waking(budget, self.branch.usual_wake())));
+                }
             }
         };
         drop(starting);
@@ -467,9 +490,12 @@ impl Session {
     async fn measure(&self, mut backend: Box<Pooled>) -> Option<Box<Pooled>> {
         if self.pool.wants_size() {
             let mut connections_max = None;
-            let asked = timeout(RESET_TIMEOUT, ask(&mut backend, "SHOW max_connections", |row| {
-                connections_max = std::str::from_utf8(row).ok().and_then(|text| text.parse().ok());
-            }));
+            let asked = timeout(
+                RESET_TIMEOUT,
+                ask(&mut backend, "SHOW max_connections", |row| {
+                    connections_max = std::str::from_utf8(row).ok().and_then(|text| text.parse().ok());
+                }),
+            );
             asked.await.ok()??;
             self.pool.learn(connections_max?);
         }
@@ -479,7 +505,10 @@ impl Session {
     /// Tells the client, once, that it is waiting.
     async fn notice(&mut self, at: &mut Instant) -> Result<(), End> {
         *at = Instant::now() + self.shared.config.wake_budget * 2;
-        self.send(&encoded(&Said::waiting())).await
+        if !self.notices {
+            return Ok(());
+        }
+        self.send(&encoded(&Said::waiting(self.branch.gate() != Gate::Open))).await
     }
 
     /// Brings a backend to where the client left its last one; answers whether it is of use.
@@ -608,6 +637,7 @@ impl Session {
             Pause::AtRest => End::Say(Said::draining(false)),
             Pause::Ordered(Order::Drain | Order::DrainNow) => End::Say(Said::draining(busy)),
             Pause::Ordered(Order::Fenced) => End::Say(Said::fenced_out("a query or transaction was under way")),
+            Pause::Ordered(Order::Evicted) => End::Say(self.evicted()),
             Pause::ClientGone => End::Silent,
             Pause::Refused(Refused::Malformed(what)) => End::Say(Said::malformed(&what.to_string())),
             Pause::Refused(Refused::Statement(what)) => End::Say(Said::not_pooled(what)),
@@ -699,7 +729,7 @@ impl Session {
                 stands = true;
                 continue;
             }
-            let refusable = gate == Gate::Gathering(Unreplayable::Refuse) && backend.up.is_empty();
+            let refusable = gate.is_refusable() && backend.up.is_empty();
             let mut first = [0; FIRST_READ];
             tokio::select! {
                 () = self.seat.attention() => {}
@@ -729,7 +759,9 @@ impl Session {
                     () = seat.attention() => match seat.ordered() {
                         None | Some(Order::Drain) => {}
                         Some(Order::DrainNow) => return Err(End::Say(Said::draining(false))),
-                        Some(Order::Fenced) => return Err(End::Say(Said::fenced_out("its state was not read in time"))),
+                        Some(Order::Fenced | Order::Evicted) => {
+                            return Err(End::Say(Said::fenced_out("its state was not read in time")));
+                        }
                         Some(Order::Lost) => return Err(End::Say(Said::compute_lost(false))),
                     },
                 }

@@ -165,7 +165,9 @@ mod tests {
         assert_eq!(name(" deallocate PREPARE Foo ; ").as_deref(), Some("foo"));
         assert_eq!(name("DEALLOCATE \"S_1 x\"").as_deref(), Some("S_1 x"));
         assert_eq!(name("DEALLOCATE prepare").as_deref(), Some("prepare"));
-        for other in ["DEALLOCATE ALL", "DEALLOCATE", "DEALLOCATE a; SELECT 1", "SELECT 1", "", "DEALLOCATE PREPARE all"] {
+        for other in
+            ["DEALLOCATE ALL", "DEALLOCATE", "DEALLOCATE a; SELECT 1", "SELECT 1", "", "DEALLOCATE PREPARE all"]
+        {
             assert_eq!(name(other), None, "for {other:?}");
         }
     }

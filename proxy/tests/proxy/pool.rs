@@ -113,9 +113,17 @@ const LEFTOVERS: [(&str, &str, &str); 16] = [
     ("SELECT hidden('set myapp.hidden = 7')", "SELECT coalesce(current_setting('myapp.hidden', true), '')", ""),
     ("SELECT hidden('set role reader')", "SELECT current_user::text", "app"),
     ("SELECT hidden('select pg_advisory_lock(7)')", LOCKS, "0"),
-    ("SELECT hidden('create temp table hidden_table ()')", "SELECT coalesce(to_regclass('hidden_table')::text, '')", ""),
+    (
+        "SELECT hidden('create temp table hidden_table ()')",
+        "SELECT coalesce(to_regclass('hidden_table')::text, '')",
+        "",
+    ),
     ("SELECT hidden('listen hidden_channel')", "SELECT count(*)::text FROM pg_listening_channels()", "0"),
-    ("SELECT hidden('declare hidden_cursor cursor with hold for select 1')", "SELECT count(*)::text FROM pg_cursors", "0"),
+    (
+        "SELECT hidden('declare hidden_cursor cursor with hold for select 1')",
+        "SELECT count(*)::text FROM pg_cursors",
+        "0",
+    ),
     ("BEGIN; SET LOCAL work_mem = '7MB'; COMMIT", "SHOW work_mem", "4MB"),
 ];
 
@@ -126,7 +134,9 @@ async fn nothing_leaks_from_one_client_to_another() {
     let ebb = pool_of(1).await;
     let setup = ebb.connect().await;
     setup
-        .batch_execute("CREATE FUNCTION hidden(what text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE what; END $$")
+        .batch_execute(
+            "CREATE FUNCTION hidden(what text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE what; END $$",
+        )
         .await
         .unwrap();
     for (leave, ask, clean) in LEFTOVERS {
@@ -426,7 +436,10 @@ async fn backends_that_were_ended_are_replaced() {
     let clients = join_all((0..3).map(|_| ebb.connect_pooled())).await;
     join_all(clients.iter().map(|client| client.batch_execute("SELECT pg_sleep(0.05)"))).await;
     let superuser = ebb.world.superuser().await.unwrap();
-    superuser.batch_execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'").await.unwrap();
+    superuser
+        .batch_execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+        .await
+        .unwrap();
     let left = "SELECT count(*)::text FROM pg_stat_activity WHERE usename = 'app'";
     until("they are gone", || async { value(&superuser, left).await == "0" }).await;
     for client in &clients {
@@ -437,7 +450,13 @@ async fn backends_that_were_ended_are_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_clients_on_twenty_backends() {
     let ebb = pool_of(20).await;
-    ebb.connect().await.batch_execute("CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT i, 0 FROM generate_series(1, 1000) i").await.unwrap();
+    ebb.connect()
+        .await
+        .batch_execute(
+            "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT i, 0 FROM generate_series(1, 1000) i",
+        )
+        .await
+        .unwrap();
     let clients = join_all((0..1000).map(|_| ebb.connect_pooled())).await;
     let work = clients.iter().enumerate().map(|(i, client)| async move {
         let add = client.prepare("UPDATE t SET n = n + 1 WHERE id = $1 RETURNING n").await.unwrap();
@@ -446,7 +465,8 @@ async fn a_thousand_clients_on_twenty_backends() {
         }
     });
     let superuser = ebb.world.superuser().await.unwrap();
-    let backends = "SELECT count(*)::text FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
+    let backends =
+        "SELECT count(*)::text FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
     let mut most = 0;
     tokio::select! {
         _ = join_all(work) => {}

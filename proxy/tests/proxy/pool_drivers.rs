@@ -48,10 +48,8 @@ async fn node_postgres_with_named_statements() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pgbench_in_all_of_its_modes() {
     let ebb = Ebb::with(|config| config.pool_size = Some(3)).await;
-    let conninfo = format!(
-        "host=127.0.0.1 port={} user=app password={PASSWORD} dbname=app@{ENDPOINT}-pooler",
-        ebb.addr.port()
-    );
+    let conninfo =
+        format!("host=127.0.0.1 port={} user=app password={PASSWORD} dbname=app@{ENDPOINT}-pooler", ebb.addr.port());
     let pgbench = |arguments: &str| {
         let mut command = Command::new("/usr/lib/postgresql/15/bin/pgbench");
         command.args(arguments.split(' ')).arg(&conninfo);
@@ -63,7 +61,10 @@ async fn pgbench_in_all_of_its_modes() {
         for script in ["", " -S"] {
             let ran = pgbench(&format!("-n -c 20 -j 2 -t 20 -M {mode}{script}")).await.unwrap().unwrap();
             let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-            assert!(out.contains("actually processed: 400/400") && err.trim().is_empty(), "{mode}{script}: {out} {err}");
+            assert!(
+                out.contains("actually processed: 400/400") && err.trim().is_empty(),
+                "{mode}{script}: {out} {err}"
+            );
         }
     }
 }

@@ -224,6 +224,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             window_ms: None,
             durability: None,
             upkeep: UpkeepChange::default(),
+            pinned: None,
             pool_size: None,
         }),
         (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
@@ -232,6 +233,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             window_ms: Some(ms),
             durability: None,
             upkeep: UpkeepChange::default(),
+            pinned: None,
             pool_size: None,
         }),
     ]

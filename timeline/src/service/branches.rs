@@ -98,8 +98,16 @@ impl Service {
             self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
         }
         let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
-        let (branch_name, pool_size) = (branch.to_owned(), request.pool_size);
-        let ask = Ask::ChangeBranch { branch: branch_name, idle_suspend_ms, window_ms, durability, upkeep, pool_size };
+        let (branch_name, pinned, pool_size) = (branch.to_owned(), request.pinned, request.pool_size);
+        let ask = Ask::ChangeBranch {
+            branch: branch_name,
+            idle_suspend_ms,
+            window_ms,
+            durability,
+            upkeep,
+            pinned,
+            pool_size,
+        };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;

@@ -23,7 +23,8 @@ impl Server {
     fn feed(&mut self, bytes: &[u8]) -> Vec<u8> {
         self.input.extend_from_slice(bytes);
         let mut out = Vec::new();
-        while let Some(length) = self.input.get(1..5).map(|head| u32::from_be_bytes(head.try_into().unwrap()) as usize) {
+        while let Some(length) = self.input.get(1..5).map(|head| u32::from_be_bytes(head.try_into().unwrap()) as usize)
+        {
             if self.input.len() < length + 1 {
                 break;
             }
@@ -53,7 +54,11 @@ impl Server {
             }
             b'D' => {
                 let kind = fields.bytes(1).unwrap()[0];
-                let found = if kind == b'S' { self.find(fields.cstr().unwrap()) } else { self.portal.clone().ok_or(MISSING.into()) };
+                let found = if kind == b'S' {
+                    self.find(fields.cstr().unwrap())
+                } else {
+                    self.portal.clone().ok_or(MISSING.into())
+                };
                 found.map(|text| answer(out, b'T', &text))
             }
             b'E' => match self.portal.clone() {
@@ -159,8 +164,7 @@ fn relay(someone: &mut Someone, behind: &mut Behind, texts: &Texts, bytes: &[u8]
         pending.extend_from_slice(&bytes[at..at + take]);
         at += take;
         moved |= take > 0;
-        let mut client =
-            Client { names: &mut someone.names, conversation: &mut someone.conversation, texts, dress: 0 };
+        let mut client = Client { names: &mut someone.names, conversation: &mut someone.conversation, texts, dress: 0 };
         let mut out = Vec::new();
         let (taken, _) = behind.exchange.up(&mut client, &mut behind.held, &pending, &mut out, false).unwrap();
         pending.drain(..taken);
@@ -170,8 +174,10 @@ fn relay(someone: &mut Someone, behind: &mut Behind, texts: &Texts, bytes: &[u8]
         waiting.extend(back.drain(..take));
         back.extend(behind.server.feed(&out));
         moved |= take > 0;
-        let (kept, read) =
-            behind.exchange.down(&mut someone.names, &mut someone.conversation, &mut behind.held, &mut waiting).unwrap();
+        let (kept, read) = behind
+            .exchange
+            .down(&mut someone.names, &mut someone.conversation, &mut behind.held, &mut waiting)
+            .unwrap();
         answers.extend_from_slice(&waiting[..kept]);
         waiting.drain(..read);
         if !moved && back.is_empty() {
@@ -295,7 +301,8 @@ impl Scene {
             *behind = Behind::default();
         }
         // Such names are sent under others: that alone shows in the words of an error.
-        let same_words = |messages: Vec<String>| messages.into_iter().map(|words| words.replace("client:", "")).collect();
+        let same_words =
+            |messages: Vec<String>| messages.into_iter().map(|words| words.replace("client:", "")).collect();
         (same_words(readable(&pooled)), readable(&direct))
     }
 }
