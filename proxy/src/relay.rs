@@ -23,7 +23,7 @@ use crate::unix::UnixStream;
 
 /// LIMIT: bytes passed on are counted when there are so many of them, or when the session pauses: a counter that all
 /// sessions share has no place on the way of each message.
-const COUNT_AFTER: u64 = 1 << 20;
+pub const COUNT_AFTER: u64 = 1 << 20;
 
 /// Counts bytes passed on, up and down, and begins anew.
 pub fn count_passed(passed: &mut [u64; 2]) {

@@ -143,7 +143,7 @@ mod tests {
         chunk.take_unread(&mut taken);
         assert_eq!(taken.len(), SIZE + 3);
         let cx = &mut Context::from_waker(std::task::Waker::noop());
-        assert!(chunk.poll_drain(cx, &mut Vec::new()).is_ready());
+        assert!(chunk.poll_drain(cx, &mut Vec::<u8>::new()).is_ready());
         chunk.shrink();
         assert_eq!(chunk.bytes.capacity(), 0);
     }

@@ -62,6 +62,8 @@ pub struct Link<'a> {
     pub pool: &'a Pool,
     /// Bytes passed on, up and down.
     pub passed: &'a mut [u64; 2],
+    /// Whether to look at the sockets once more.
+    pub haste: &'a mut Haste,
     /// The backend stays with the client: rest is no reason to stop, but at the gate.
     pub pinned: bool,
 }
@@ -76,7 +78,6 @@ struct Flow {
     backend_eof: bool,
     /// The client's stream holds bytes back (TLS).
     unflushed: bool,
-    haste: Haste,
     /// Something was relayed since the link was made: before that, rest is where it begins and not where it ends.
     begun: bool,
 }
@@ -98,7 +99,7 @@ impl Link<'_> {
                 cx.waker().wake_by_ref();
             }
             let pumped = self.pump(&mut flow, cx);
-            if pumped.is_pending() && flow.haste.lasts() {
+            if pumped.is_pending() && self.haste.lasts() {
                 // Asks to be polled again once the sockets have been looked at, without waiting for them.
                 let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
             }
@@ -167,7 +168,7 @@ impl Link<'_> {
                 return Poll::Pending;
             }
             let passed = self.passed[0] + self.passed[1];
-            flow.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
+            self.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
         }
     }
 

@@ -29,10 +29,11 @@ use crate::cancel::IssuedKey;
 use crate::conversation::Conversation;
 use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
+use crate::haste::Haste;
 use crate::hibernate::{self, Examined, Kept, ReplayError};
 use crate::login::Login;
 use crate::proxy::Shared;
-use crate::relay::count_passed;
+use crate::relay::{COUNT_AFTER, count_passed};
 use crate::session::{End, NOTICE_AFTER, RETRY_AFTER, note_connect};
 use crate::stream::ClientStream;
 use crate::waits::{Stage, Wait};
@@ -89,6 +90,7 @@ pub async fn run(
         pin: None,
         introduced: false,
         served: false,
+        haste: Haste::default(),
         passed: [0; 2],
         _membership: membership,
     };
@@ -121,6 +123,7 @@ struct Session {
     introduced: bool,
     /// It has come to the end of a transaction.
     served: bool,
+    haste: Haste,
     /// Bytes passed on, up and down.
     passed: [u64; 2],
     _membership: Membership,
@@ -581,8 +584,8 @@ impl Session {
     }
 
     fn rename(&self, sql: &mut String) {
-        // Plain ASCII since the start-up, and doubled quotes are right in either kind of string.
-        let name = String::from_utf8_lossy(&self.application).replace('\'', "''");
+        // Doubled quotes are right in either kind of string; backslashes are not.
+        let name = String::from_utf8_lossy(&self.application).replace('\\', "?").replace('\'', "''");
         if !sql.is_empty() {
             sql.push_str("; ");
         }
@@ -597,11 +600,13 @@ impl Session {
             match self.link(backend).run().await {
                 Pause::AtRest => match self.settle(backend).await? {
                     After::GiveBack => return Ok(()),
+                    After::Keep if self.conversation.is_terminated() => return Err(End::Silent),
                     After::Keep => {}
                 },
                 Pause::Ordered(Order::Lost) => {
                     // The compute is dead, but what its backends said last may lie in the socket.
                     let rest = timeout(LAST_WORDS_TIMEOUT, self.link(backend).last_words()).await;
+                    let rest = rest.ok().filter(|rest| !matches!(rest, Pause::AtRest));
                     return Err(self.ended(backend, rest.unwrap_or(Pause::ServerGone)));
                 }
                 pause => return Err(self.ended(backend, pause)),
@@ -620,6 +625,7 @@ impl Session {
             branch: &self.branch,
             pool: &self.pool,
             passed: &mut self.passed,
+            haste: &mut self.haste,
             pinned: self.pin.is_some(),
         }
     }
@@ -777,6 +783,9 @@ impl Session {
         self.seat.set_backend(0, None);
         backend.up.take_unread(&mut self.pending);
         backend.up.shrink();
+        if self.passed[0] + self.passed[1] >= COUNT_AFTER {
+            count_passed(&mut self.passed);
+        }
         if backend.out.capacity() > super::chunk::SIZE {
             backend.out = Vec::new();
         }

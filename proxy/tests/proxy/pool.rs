@@ -105,7 +105,7 @@ const LEFTOVERS: [(&str, &str, &str); 16] = [
     ("SET TimeZone = 'Asia/Tokyo'", "SHOW TimeZone", "Etc/UTC"),
     ("SET ROLE reader", "SELECT current_user::text", "app"),
     ("SET SESSION AUTHORIZATION app", "SELECT session_user::text", "app"),
-    ("SET myapp.user = '7'", "SELECT coalesce(current_setting('myapp.user', true), '')", ""),
+    ("SET myapp.tenant = '7'", "SELECT coalesce(current_setting('myapp.tenant', true), '')", ""),
     ("SELECT set_config('myapp.other', '7', false)", "SELECT coalesce(current_setting('myapp.other', true), '')", ""),
     ("SET default_transaction_isolation = serializable", "SHOW default_transaction_isolation", "read committed"),
     ("SET application_name = 'mine'", "SHOW application_name", ""),
@@ -167,7 +167,7 @@ async fn what_a_client_sets_stays_with_it() {
     let (one, two) = (ebb.connect_pooled().await, ebb.connect_pooled().await);
     for sql in [
         "SET search_path = mine",
-        "SET myapp.user = 'o''neil'",
+        "SET myapp.tenant = 'o''neil'",
         "SET TimeZone = 'Asia/Tokyo'",
         "SET application_name = 'it''s me'",
         "PREPARE by_sql AS SELECT 'by SQL'",
@@ -181,7 +181,7 @@ async fn what_a_client_sets_stays_with_it() {
             ("SHOW search_path", "mine", "\"$user\", public"),
             ("SHOW TimeZone", "Asia/Tokyo", "Etc/UTC"),
             ("SHOW application_name", "it's me", ""),
-            ("SELECT current_setting('myapp.user', true)", "o'neil", ""),
+            ("SELECT current_setting('myapp.tenant', true)", "o'neil", ""),
             ("SELECT current_user::text", "reader", "app"),
         ] {
             assert_eq!(value(&two, sql).await, theirs, "{sql}");
