@@ -9,7 +9,7 @@
 //!                                    relay ◄─► backend                     │
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
-//!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!   pure:  frame (boundaries) ◄ conversation (at rest?), calloff   startup   scram   settings (names)   errors (words)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
 //!   shared by the sessions of a branch: branch (gate, single-flight wake)
 //! ```
@@ -29,11 +29,15 @@
 
 mod backend;
 mod branch;
+mod calloff;
 mod cancel;
 mod conversation;
 pub mod endpoints;
 mod errors;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hibernate;
 mod limits;
 mod login;

@@ -203,6 +203,11 @@ impl Buffer {
         Poll::Ready(Ok(count))
     }
 
+    /// The same, awaited. Cancel-safe.
+    pub async fn fill<R: AsyncRead + Unpin>(&mut self, from: &mut R) -> io::Result<usize> {
+        std::future::poll_fn(|cx| self.poll_fill(cx, from)).await
+    }
+
     /// Sends once of what may be sent.
     #[inline]
     pub fn poll_drain<W: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, to: &mut W) -> Poll<io::Result<()>> {

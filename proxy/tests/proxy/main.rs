@@ -3,9 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod cancel;
 mod connect;
+mod dialogue;
 mod fence;
 mod harness;
 mod hibernate;
+mod large;
+mod protocol;
 mod raw;
 mod relay;
+mod replication;
+mod wire;
