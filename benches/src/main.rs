@@ -3,8 +3,10 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, commit, backup
 //! ```
+//!
+//! The proxy has a bench of its own (`benches/proxy`).
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
 //! medians is the result. Every bench says which question it answers and what was expected beforehand.
@@ -18,7 +20,6 @@ mod many;
 mod native;
 mod node;
 mod pgbench;
-mod proxy;
 mod rival;
 mod stats;
 mod volume;
@@ -77,8 +78,6 @@ enum Bench {
     Many,
     /// pgbench on a volume against native ext4.
     Volume,
-    /// pgbench through the proxy against PgBouncer.
-    Proxy,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
     Commit,
     /// Restores, and what thirty days weigh, against pgBackRest.
@@ -110,9 +109,6 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Volume) {
         volume::run(&cli.common)?;
-    }
-    if is(Bench::Proxy) {
-        proxy::run(&cli.common)?;
     }
     if is(Bench::Commit) {
         commit::run(&cli.common)?;

@@ -38,7 +38,9 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::cancel::CancelTarget;
-use crate::endpoints::{Activity, Awake, Blocked, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable};
+use crate::endpoints::{
+    Activity, Awake, Blocked, Census, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable,
+};
 
 /// LIMIT: cancel requests for one session on their way at once; of more than that, one will do.
 const CANCELS_MAX: u32 = 4;
@@ -73,7 +75,7 @@ impl Doing {
 /// Where a query of a session stands that has no backend yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-enum Wait {
+enum Pending {
     /// There is none.
     No,
     /// It waits.
@@ -117,6 +119,8 @@ pub struct Seat {
     /// The clock all times of this seat count from.
     made: Instant,
     doing: AtomicU8,
+    /// Whether the client has come to the end of a transaction.
+    served: AtomicBool,
     /// Nanoseconds after `made`: since when it does that.
     since: AtomicU64,
     /// Nanoseconds after `made`: when the client's last work ended.
@@ -130,7 +134,7 @@ pub struct Seat {
     backend: Mutex<Option<CancelTarget>>,
     /// Cancel requests are not to reach the backend: it does something of the proxy's own, or is about to leave.
     shielded: AtomicBool,
-    /// Whether the client waits with a query, and whether that was cancelled meanwhile: a [`Wait`] as one byte.
+    /// Whether the client waits with a query, and whether that was cancelled meanwhile: a [`Pending`] as one byte.
     wait: AtomicU8,
     /// One permit for each cancel request on its way.
     cancels: Semaphore,
@@ -151,6 +155,7 @@ impl Seat {
             sitter,
             made: Instant::now(),
             doing: AtomicU8::new(Doing::Waiting as u8),
+            served: AtomicBool::new(false),
             since: AtomicU64::new(0),
             worked: AtomicU64::new(0),
             attention: AtomicBool::new(false),
@@ -159,7 +164,7 @@ impl Seat {
             pin: Mutex::default(),
             backend: Mutex::default(),
             shielded: AtomicBool::new(false),
-            wait: AtomicU8::new(Wait::No as u8),
+            wait: AtomicU8::new(Pending::No as u8),
             cancels: Semaphore::new(CANCELS_MAX as usize),
             generation: AtomicU64::new(0),
         })
@@ -176,6 +181,9 @@ impl Seat {
         let before = self.doing();
         if matches!(before, Doing::Active | Doing::Waiting) {
             self.worked.store(now, Ordering::Relaxed);
+        }
+        if before == Doing::Active {
+            self.served.store(true, Ordering::Relaxed);
         }
         self.since.store(now, Ordering::Relaxed);
         self.doing.store(doing as u8, Ordering::Relaxed);
@@ -208,22 +216,22 @@ impl Seat {
 
     /// Begins to wait for a backend, with a query of the client in hand.
     pub fn begin_wait(&self) {
-        self.wait.store(Wait::Yes as u8, Ordering::SeqCst);
+        self.wait.store(Pending::Yes as u8, Ordering::SeqCst);
     }
 
     /// Whether the query that waits for a backend was cancelled.
     pub fn is_called_off(&self) -> bool {
-        self.wait.load(Ordering::SeqCst) == Wait::CalledOff as u8
+        self.wait.load(Ordering::SeqCst) == Pending::CalledOff as u8
     }
 
     /// Ends the wait, from when on cancel requests go to the backend; answers whether the query was cancelled before.
     pub fn end_wait(&self) -> bool {
-        self.wait.swap(Wait::No as u8, Ordering::SeqCst) == Wait::CalledOff as u8
+        self.wait.swap(Pending::No as u8, Ordering::SeqCst) == Pending::CalledOff as u8
     }
 
     /// Cancels what is done for this client; answers what became of the request, for the count.
     pub async fn cancel(&self) -> &'static str {
-        let (waits, called_off) = (Wait::Yes as u8, Wait::CalledOff as u8);
+        let (waits, called_off) = (Pending::Yes as u8, Pending::CalledOff as u8);
         if self.wait.compare_exchange(waits, called_off, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             self.poke();
             return "called_off";
@@ -295,6 +303,17 @@ impl Seat {
         }
     }
 
+    /// Whether the client has only just come, and is about to ask for something: it waits for its compute, or has had one
+    /// for less than `patience`, and has not been answered yet.
+    fn is_new(&self, patience: Duration) -> bool {
+        match self.doing() {
+            _ if self.served.load(Ordering::Relaxed) => false,
+            Doing::Waiting => true,
+            Doing::Idle => self.after(&self.since).elapsed() < patience,
+            Doing::Active | Doing::Hibernated => false,
+        }
+    }
+
     fn info(&self) -> SessionInfo {
         let state = match (self.doing(), &*self.pin.lock()) {
             (Doing::Waiting, _) => SessionState::Waiting,
@@ -354,6 +373,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Branch {
     id: BranchId,
+    endpoints: Arc<dyn Endpoints>,
     inner: Mutex<Inner>,
     /// A session's standing changed, or one left.
     settled: Notify,
@@ -362,9 +382,10 @@ pub struct Branch {
 
 impl Branch {
     /// A branch nobody is connected to.
-    pub fn new(id: BranchId) -> Arc<Self> {
+    pub fn new(id: BranchId, endpoints: Arc<dyn Endpoints>) -> Arc<Self> {
         Arc::new(Self {
             id,
+            endpoints,
             inner: Mutex::new(Inner {
                 gate: Gate::Open,
                 seats: HashMap::new(),
@@ -385,6 +406,12 @@ impl Branch {
         }
         inner.seats.insert(seat.sitter.conn, (seat.clone(), Standing::Apart));
         Some(Membership { branch: self.clone(), conn: seat.sitter.conn })
+    }
+
+    /// See [`Endpoints::may_answer`].
+    #[inline]
+    pub fn may_answer(&self) -> bool {
+        self.endpoints.may_answer()
     }
 
     /// Where the gate stands.
@@ -409,11 +436,7 @@ impl Branch {
     }
 
     /// The compute, woken if need be. All who ask while a wake is in flight share its result. Cancel-safe.
-    pub async fn wake(
-        self: &Arc<Self>,
-        endpoints: &Arc<dyn Endpoints>,
-        tasks: &TaskTracker,
-    ) -> Result<Awake, EndpointError> {
+    pub async fn wake(self: &Arc<Self>, tasks: &TaskTracker) -> Result<Awake, EndpointError> {
         let waking = {
             let mut inner = self.inner.lock();
             if let Some(awake) = &inner.awake {
@@ -422,7 +445,7 @@ impl Branch {
             match &inner.waking {
                 Some(waking) => waking.clone(),
                 None => {
-                    let waking = self.spawn_wake(endpoints.clone(), tasks);
+                    let waking = self.spawn_wake(tasks);
                     inner.waking = Some(waking.clone());
                     waking
                 }
@@ -432,11 +455,11 @@ impl Branch {
     }
 
     /// The wake runs in a task of its own: that all askers leave must not let a second one begin beside it.
-    fn spawn_wake(self: &Arc<Self>, endpoints: Arc<dyn Endpoints>, tasks: &TaskTracker) -> Waking {
+    fn spawn_wake(self: &Arc<Self>, tasks: &TaskTracker) -> Waking {
         let branch = self.clone();
         let task = tasks.spawn(async move {
             let begun = Instant::now();
-            let result = endpoints.wake(branch.id).await;
+            let result = branch.endpoints.wake(branch.id).await;
             metrics::histogram!("ebb_proxy_wake_wait_seconds").record(begun.elapsed().as_secs_f64());
             let outcome = if result.is_ok() { "ok" } else { "error" };
             metrics::counter!("ebb_proxy_wakes_total", "result" => outcome).increment(1);
@@ -477,6 +500,24 @@ impl Branch {
         let worked = inner.seats.values().map(|(seat, _)| seat.last_worked()).chain(inner.last_left).max();
         let busy = inner.seats.values().filter(|(seat, _)| matches!(seat.doing(), Doing::Active | Doing::Waiting));
         Activity { idle_for: worked.map(|at| at.elapsed()), busy: busy.count(), sessions: inner.seats.len() }
+    }
+
+    /// How many sessions there are, and how many of them have only just come.
+    pub fn newcomers(&self, patience: Duration) -> (usize, usize) {
+        let inner = self.inner.lock();
+        (inner.seats.len(), inner.seats.values().filter(|(seat, _)| seat.is_new(patience)).count())
+    }
+
+    /// Adds its sessions to a count.
+    pub fn count(&self, census: &mut Census) {
+        for (seat, _) in self.inner.lock().seats.values() {
+            *match seat.doing() {
+                Doing::Waiting => &mut census.waiting,
+                Doing::Active => &mut census.active,
+                Doing::Idle => &mut census.idle,
+                Doing::Hibernated => &mut census.hibernated,
+            } += 1;
+        }
     }
 
     /// Whether nobody is connected.

@@ -38,7 +38,9 @@ mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod haste;
 mod hibernate;
+mod lanes;
 mod limits;
 mod login;
 mod proxy;
@@ -49,12 +51,14 @@ mod settings;
 mod startup;
 mod stream;
 mod tls;
+mod unix;
+mod waits;
 mod wire;
 
 pub use backend::connect as connect_socket;
 pub use endpoints::{
-    Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
-    Unreplayable,
+    Activity, Awake, Blocked, Census, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState,
+    Sessions, Unreplayable,
 };
 pub use proxy::{Proxy, ProxyConfig, ProxyError};
 pub use tls::TlsError;

@@ -18,8 +18,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ebb_types::SqlState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
@@ -33,9 +34,11 @@ use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
 use crate::proxy::Shared;
-use crate::relay::{Link, Pause};
+use crate::relay::{Link, Pause, count_passed};
 use crate::stream::{Buffer, ClientStream};
-use crate::wire::{cstr, message};
+use crate::unix::UnixStream;
+use crate::waits::{Stage, Wait};
+use crate::wire::{cstr, error_field, message};
 
 /// After how long a wait deserves a word.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
@@ -50,19 +53,29 @@ const LAST_CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 /// LIMIT: how much of a message begun is waited for, so that an error can follow it.
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
+/// Counts what became of a connection; `sqlstate` is empty where the client was told none.
+fn note_connect(outcome: &'static str, sqlstate: &'static str) {
+    metrics::counter!("ebb_proxy_connects_total", "outcome" => outcome, "sqlstate" => sqlstate).increment(1);
+}
+
 /// Serves one accepted connection to its end.
 pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, conn: u64) {
-    let span = tracing::info_span!("connection", conn, %peer);
+    let empty = tracing::field::Empty;
+    let span = tracing::info_span!("connection", conn, %peer, endpoint = empty, role = empty);
     async {
         let admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer)).await;
         match admitted {
             Ok(Ok(login)) => run(&shared, login, peer, conn).await,
             Ok(Err(Turned::Away(client, said))) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
+                note_connect("refused", said.sqlstate());
                 client.goodbye(&encoded(&said)).await;
             }
-            Ok(Err(Turned::Off)) => {}
-            Err(_) => tracing::debug!("login timed out"),
+            Ok(Err(Turned::Off)) => note_connect("left", ""),
+            Err(_) => {
+                tracing::debug!("login timed out");
+                note_connect("timed_out", "");
+            }
         }
     }
     .instrument(span)
@@ -71,6 +84,8 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
 
 async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
     let Login { client, startup, endpoint, role } = login;
+    let span = tracing::Span::current();
+    span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
     let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
@@ -84,6 +99,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
     let limit = shared.config.sessions_per_endpoint_max;
     let Some(membership) = branch.join(&seat, limit) else {
         let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
+        note_connect("refused", said.sqlstate());
         return client.goodbye(&encoded(&said)).await;
     };
     tracing::debug!(branch = %endpoint.branch, "client logged in");
@@ -99,6 +115,7 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
         up: Buffer::default(),
         down: Buffer::default(),
         kept: None,
+        introduced: false,
         generation: 0,
         passed: [0; 2],
         _membership: membership,
@@ -115,6 +132,21 @@ enum End {
     Pass(Vec<u8>),
     /// Without a word: the client is gone, or has been told.
     Silent,
+}
+
+impl End {
+    /// How the connection of a client that never had a backend is counted.
+    fn as_connect(&self) -> (&'static str, &'static str) {
+        match self {
+            End::Silent => ("left", ""),
+            End::Say(said) => ("refused", said.sqlstate()),
+            // Whatever Postgres may say; what Ebb never says itself is one label.
+            End::Pass(error) => {
+                let code = error.get(5..).and_then(|body| std::str::from_utf8(error_field(body, b'C')?).ok());
+                ("refused", code.and_then(SqlState::of).map_or("other", SqlState::as_str))
+            }
+        }
+    }
 }
 
 /// What became of a try to get a backend.
@@ -154,6 +186,8 @@ struct Session {
     down: Buffer,
     /// The state to give back, while there is no backend; `None` before the first.
     kept: Option<Arc<Kept>>,
+    /// Whether it has had a backend.
+    introduced: bool,
     /// The compute it is, or was last, attached to.
     generation: u64,
     /// Bytes passed on, up and down.
@@ -187,9 +221,11 @@ impl Session {
         self.end(end).await;
     }
 
-    async fn end(self, end: End) {
-        for (count, direction) in self.passed.into_iter().zip(["up", "down"]) {
-            metrics::counter!("ebb_proxy_relayed_bytes_total", "direction" => direction).increment(count);
+    async fn end(mut self, end: End) {
+        count_passed(&mut self.passed);
+        if !self.introduced {
+            let (outcome, sqlstate) = end.as_connect();
+            note_connect(outcome, sqlstate);
         }
         let words = match end {
             End::Silent => Vec::new(),
@@ -234,23 +270,42 @@ impl Session {
         let budget = self.shared.config.wake_budget;
         let deadline = Instant::now() + budget;
         let mut notice_at = Instant::now() + NOTICE_AFTER;
+        let wait = Wait::begin();
+        let attached = self.attach_by(deadline, &mut notice_at, &wait).await;
+        wait.over(self.shared.config.slow_wake, attached.is_ok());
+        match attached? {
+            Some(attached) => self.introduce(*attached).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Tries until it has one, the client wants none any more, or the deadline passes.
+    async fn attach_by(
+        &mut self,
+        deadline: Instant,
+        notice_at: &mut Instant,
+        wait: &Wait,
+    ) -> Result<Option<Box<Attached>>, End> {
+        let budget = self.shared.config.wake_budget;
         loop {
             self.obey()?;
             if self.seat.is_called_off() {
                 return Ok(None);
             }
             if self.branch.begin_work(self.conn()) {
-                match self.attach_once(deadline, &mut notice_at).await? {
-                    Tried::Attached(attached) => return self.introduce(*attached).await.map(Some),
+                match self.attach_once(deadline, notice_at, wait).await? {
+                    Tried::Attached(attached) => return Ok(Some(attached)),
+                    _ if self.seat.is_called_off() => return Ok(None),
                     Tried::Fenced | Tried::Unreachable => {}
                 }
+                wait.enter(Stage::Gate);
             }
             // At the gate until it moves, or between two tries.
             let pause = if self.branch.gate() == Gate::Open { RETRY_AFTER } else { budget };
             tokio::select! {
                 () = self.seat.attention() => {}
                 () = sleep(pause) => {}
-                () = sleep_until(notice_at) => self.notice(&mut notice_at).await?,
+                () = sleep_until(*notice_at) => self.notice(notice_at).await?,
                 () = sleep_until(deadline) => {
                     let open = self.branch.gate() == Gate::Open;
                     return Err(End::Say(if open { Said::still_waking(budget) } else { Said::still_fenced(budget) }));
@@ -260,10 +315,10 @@ impl Session {
     }
 
     /// One try. A fence that comes up meanwhile calls it off.
-    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
+    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant, wait: &Wait) -> Result<Tried, End> {
         let seat = self.seat.clone();
-        let trying =
-            try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone(), seat.clone());
+        let (shared, branch, wait) = (self.shared.clone(), self.branch.clone(), wait.clone());
+        let trying = try_attach(shared, branch, self.startup.clone(), self.kept.clone(), seat.clone(), wait);
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -374,6 +429,8 @@ impl Session {
         }
         out.extend_from_slice(&backend.notices);
         if self.kept.take().is_none() {
+            self.introduced = true;
+            note_connect("ok", "");
             message(&mut out, b'K', |body| self.key.key.encode(body));
             message(&mut out, b'Z', |body| body.push(b'I'));
         } else {
@@ -436,6 +493,14 @@ impl Session {
             Pause::ServerMalformed => {
                 tracing::error!("backend sent a malformed message");
                 End::Silent
+            }
+            Pause::Unowned => {
+                self.branch.forget(self.generation);
+                match self.conversation.server_at_boundary() && !self.down.has_released() {
+                    true => End::Say(Said::compute_lost(busy)),
+                    // The rest of what was begun may not be told.
+                    false => End::Silent,
+                }
             }
             Pause::Ordered(Order::Lost) | Pause::ServerGone => {
                 if self.conversation.is_terminated() || self.conversation.ends_with_error() {
@@ -520,6 +585,7 @@ impl Session {
     }
 
     async fn detach(&mut self, backend: &mut UnixStream, kept: Arc<Kept>) {
+        count_passed(&mut self.passed);
         self.kept = Some(kept);
         self.seat.set_backend(0, None);
         let closing = async {
@@ -573,7 +639,6 @@ impl Session {
 
     /// Sleeps until the client sends something that needs a backend.
     async fn hibernated(&mut self) -> Result<(), End> {
-        let _gauge = GaugeGuard::new("ebb_proxy_sessions_hibernated");
         self.conversation.shrink();
         self.up.free();
         self.down.free();
@@ -609,17 +674,21 @@ async fn try_attach(
     startup: Box<[u8]>,
     kept: Option<Arc<Kept>>,
     seat: Arc<Seat>,
+    wait: Wait,
 ) -> Result<Attached, TryError> {
-    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    wait.enter(Stage::Wake);
+    let awake = branch.wake(&shared.tasks).await.map_err(TryError::Endpoint)?;
     if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
         return Err(TryError::NotAdmitted);
     }
     let generation = awake.generation;
+    wait.enter(Stage::Start);
     let started = Backend::start(&awake.socket, &startup).await;
     let mut backend = started.map_err(|error| TryError::Start { generation, error })?;
     let replayed = match &kept {
         None => Replayed::default(),
         Some(kept) => {
+            wait.enter(Stage::Replay);
             let replayed = hibernate::replay(&mut backend.stream, kept).await;
             replayed.map_err(|error| TryError::Replay { generation, error })?
         }
