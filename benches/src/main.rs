@@ -3,7 +3,7 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, pool, commit, backup
 //! ```
 //!
 //! The proxy has a bench of its own (`benches/proxy`).
@@ -20,6 +20,7 @@ mod many;
 mod native;
 mod node;
 mod pgbench;
+mod pool;
 mod rival;
 mod stats;
 mod volume;
@@ -78,6 +79,8 @@ enum Bench {
     Many,
     /// pgbench on a volume against native ext4.
     Volume,
+    /// Ten thousand clients on twenty backends, against PgBouncer in transaction mode.
+    Pool,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
     Commit,
     /// Restores, and what thirty days weigh, against pgBackRest.
@@ -109,6 +112,9 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Volume) {
         volume::run(&cli.common)?;
+    }
+    if is(Bench::Pool) {
+        pool::run(&cli.common)?;
     }
     if is(Bench::Commit) {
         commit::run(&cli.common)?;

@@ -54,6 +54,8 @@ pub struct CancelTarget {
     pub socket: PathBuf,
     /// The key it gave.
     pub key: CancelKey,
+    /// Held while a request may be on its way, so that a backend of a pool is not given to another client meanwhile.
+    pub _lease: Option<Arc<()>>,
 }
 
 /// All keys handed out.

@@ -108,6 +108,8 @@ pub struct Conversation {
     /// The last message of the server that ended was an `ErrorResponse`.
     error_last: bool,
     terminated: bool,
+    /// The client has sent something since somebody last asked to know.
+    heard: bool,
     settings: SettingNames,
     unnamed: Unnamed,
     /// A text that arrives in pieces.
@@ -135,6 +137,7 @@ impl Conversation {
             replied: false,
             error_last: false,
             terminated: false,
+            heard: false,
             settings: SettingNames::default(),
             unnamed: Unnamed::None,
             client_text: Vec::new(),
@@ -181,6 +184,46 @@ impl Conversation {
         self.error_last && self.server.at_boundary()
     }
 
+    /// Whether the client has sent anything since [`Conversation::listen_anew`].
+    pub fn has_heard(&self) -> bool {
+        self.heard
+    }
+
+    /// From now on it counts whether the client sends anything.
+    pub fn listen_anew(&mut self) {
+        self.heard = false;
+    }
+
+    /// Whether every sync point has been answered; a transaction may be open.
+    pub fn is_answered(&self) -> bool {
+        self.awaiting.is_empty()
+    }
+
+    /// Whether it cannot be told which answers are still to come: while data is copied in, and after that failed.
+    pub fn is_unclear(&self) -> bool {
+        self.doubt > 0 || self.copy != CopyIn::No
+    }
+
+    /// Whether so many answers are awaited that no more of the client's bytes are taken.
+    pub fn awaits_too_much(&self) -> bool {
+        self.awaiting.len() >= AWAITING_MAX
+    }
+
+    /// Whether the client's bytes so far end with a sync point.
+    pub fn is_turn_over(&self) -> bool {
+        !self.unsynced && self.client.at_boundary()
+    }
+
+    /// The parameters as the client was last told them.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// Whether the client was told something else, or nothing, of this parameter.
+    pub fn would_be_news(&self, name: &[u8], value: &[u8]) -> bool {
+        !self.parameters.iter().any(|(known, told)| **known == *name && **told == *value)
+    }
+
     /// Whether the client has sent `Terminate`.
     pub fn is_terminated(&self) -> bool {
         self.terminated
@@ -201,6 +244,11 @@ impl Conversation {
             Unnamed::Kept(body) => Ok(Some(body)),
             Unnamed::TooLong { used: false } => Err(TooLong),
         }
+    }
+
+    /// Notes that the `Parse` of an unnamed statement has failed.
+    pub fn forget_unnamed(&mut self) {
+        self.unnamed = Unnamed::None;
     }
 
     /// Gives back memory that only a busy session needs.
@@ -236,6 +284,7 @@ impl Conversation {
     #[inline]
     pub fn client_sent(&mut self, bytes: &[u8], one_turn: bool) -> Result<usize, Malformed> {
         let mut rest = bytes;
+        self.heard = true;
         while self.awaiting.len() < AWAITING_MAX {
             let Some(piece) = self.client.next(&mut rest)? else { break };
             if piece.first && !is_frontend_tag(piece.tag) {
@@ -444,14 +493,15 @@ impl Conversation {
         let upto = end.unwrap_or(self.awaiting.len());
         let before = self.awaiting.len();
         // Messages that are answered each, sent before the client knew of the copy: those behind its own end it.
-        let (own, others) = if by_query { (None, from) } else { (self.awaiting.front(), from + 1) };
-        let mut inside = self.awaiting.range(others.min(upto)..upto);
-        self.astray |= inside.any(|awaited| matches!(awaited, Awaited::Query | Awaited::WorkSync { .. }));
-        self.astray |= match own {
-            Some(own) => *own == Awaited::WorkSync { several: true },
-            None => self.several,
+        let mut others = self.awaiting.range(upto.min(1)..upto);
+        let in_others = others.any(|awaited| matches!(awaited, Awaited::Query | Awaited::WorkSync { .. }));
+        let in_own = match self.awaiting.front() {
+            Some(Awaited::WorkSync { several }) => *several,
+            Some(Awaited::Query | Awaited::BareSync) => false,
+            // Its sync point is not sent yet.
+            Some(Awaited::CopyEnd) | None => self.several,
         };
-        self.astray |= end.is_none() && self.worked && before > 0;
+        self.astray |= in_others || in_own || (end.is_none() && self.worked && before > 0);
         let mut at = 0;
         self.awaiting.retain(|awaited| {
             let inside = (from..upto).contains(&at);

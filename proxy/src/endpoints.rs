@@ -26,9 +26,7 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
 
     /// Whether what backends have said by now may be told to clients. Asked for every read of a backend's bytes, after it;
     /// if not, the session ends with `08006`, because its backend may not be the branch's any more. Must be cheap.
-    fn may_answer(&self) -> bool {
-        true
-    }
+    fn may_answer(&self) -> bool;
 
     /// Makes the branch's compute answer, waking it if need be. May be called by many at once: one wake results.
     /// Only called for authenticated clients. Cancel-safe: a wake once begun goes on.
@@ -44,6 +42,8 @@ pub struct Endpoint {
     pub name: EndpointName,
     /// The database meant where a client names none.
     pub default_database: String,
+    /// How many backends its clients in transaction mode share, if that is set for it.
+    pub pool_size: Option<usize>,
 }
 
 /// A compute that answers.
@@ -149,6 +149,9 @@ impl Census {
 pub enum Unreplayable {
     /// Give up at the first one: everyone goes on as before. Used for suspending.
     Refuse,
+    /// Give up where somebody works; end those that are idle and cannot be given back with `57P05` and a hint. Used for
+    /// suspending a branch whose policy says so.
+    EndPinned,
     /// Wait for open transactions until the deadline, then end what is left with `57P01` and a hint. Used for restore
     /// and rollback.
     End,
@@ -175,7 +178,7 @@ pub trait Sessions: Debug + Send + Sync + 'static {
     /// When it returns `Ok`, no session holds a backend, and none will ask for a wake until [`Sessions::release`].
     ///
     /// # Errors
-    /// [`Blocked`] under [`Unreplayable::Refuse`]; the fence is down again.
+    /// [`Blocked`] under [`Unreplayable::Refuse`] and [`Unreplayable::EndPinned`]; the fence is down again.
     async fn fence(&self, branch: BranchId, deadline: Duration, rule: Unreplayable) -> Result<(), Blocked>;
 
     /// Lets everyone go on: held messages wake the branch and are answered by whatever is then behind it.

@@ -7,22 +7,26 @@
 //! - prepared statements of the protocol: by `Parse`; those of SQL: by their own text; the unnamed one: by `Parse`.
 //!
 //! What pins a session, because it lives in the backend alone: temporary objects, advisory locks, `LISTEN`, holdable
-//! cursors, replication. Not seen, and lost: `currval`/`lastval`, `setseed`, what `LOAD` loaded, state inside
+//! cursors; streams of WAL are another matter ([`crate::replication`]). Not seen, and lost: `currval`/`lastval`, `setseed`, what `LOAD` loaded, state inside
 //! procedural languages, custom settings whose names appear nowhere (see [`crate::settings`]).
 //!
 //! All queries are qualified down to operators, so that no `search_path` shadows them, and go through named
 //! statements, so that the client's unnamed statement survives if the session stays.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 
 use tokio::io::AsyncWriteExt;
 
 use crate::conversation::{Conversation, Parameter};
+use crate::lexical::begins_with;
 use crate::unix::UnixStream;
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
-/// The name of the proxy's own statements; no driver uses it.
+/// What the proxy's own statements are called; no driver uses it. They are no part of a session.
+pub const RESERVED: &str = "__ebb";
+/// The name of the one that asks.
 const OWN: &str = "__ebb_session_state";
 /// LIMIT: what one hibernated session may keep of settings and statements; more keeps the compute awake instead.
 const KEPT_MAX: usize = 1 << 20;
@@ -32,7 +36,7 @@ const OID_TEXT: u32 = 25;
 const OID_TEXT_ARRAY: u32 = 1009;
 
 /// What a session is, apart from its backend. Bytes are in the session's client encoding.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Kept {
     /// Settings in the order to be given back.
     settings: Vec<Parameter>,
@@ -41,14 +45,14 @@ pub struct Kept {
     unnamed: Option<Box<[u8]>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct Statement {
     name: Box<[u8]>,
     text: Box<[u8]>,
     origin: Origin,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 enum Origin {
     /// `Parse`, with these parameter types.
     Protocol(Box<[u32]>),
@@ -113,7 +117,7 @@ pub async fn examine(
         return Ok(Examined::Pinned(format!("settings and statements of more than {KEPT_MAX} bytes")));
     }
     for statement in kept.statements.iter().filter(|statement| matches!(statement.origin, Origin::Sql)) {
-        if !begins_with_prepare(&statement.text) || !replies.is_one_statement(&statement.text).await? {
+        if !begins_with(&statement.text, b"prepare") || !replies.is_one_statement(&statement.text).await? {
             let name = String::from_utf8_lossy(&statement.name);
             return Ok(Examined::Pinned(format!("prepared statement \"{name}\" made together with other commands")));
         }
@@ -194,6 +198,17 @@ enum Part<'a> {
 }
 
 impl Kept {
+    /// The text of a statement of the protocol that takes no parameters.
+    pub fn statement_without_parameters(&self, name: &[u8]) -> Option<&[u8]> {
+        let statement = self.statements.iter().find(|statement| *statement.name == *name)?;
+        matches!(&statement.origin, Origin::Protocol(types) if types.is_empty()).then_some(&*statement.text)
+    }
+
+    /// Notes another unnamed statement: the body of its `Parse`.
+    pub fn set_unnamed(&mut self, body: Option<&[u8]>) {
+        self.unnamed = body.map(Into::into);
+    }
+
     /// Takes one row of the state query; the error is a reason to pin.
     fn take_row(&mut self, row: &[u8]) -> Result<(), String> {
         let broken = || "its state could not be understood".to_owned();
@@ -218,6 +233,39 @@ impl Kept {
             _ => return Err(broken()),
         }
         Ok(())
+    }
+
+    /// Leaves the unnamed statement out.
+    pub fn forget_unnamed(&mut self) {
+        self.unnamed = None;
+    }
+
+    /// Leaves a setting out.
+    pub fn forget_setting(&mut self, name: &[u8]) {
+        self.settings.retain(|(held, _)| **held != *name);
+    }
+
+    /// Whether a new session of this role would be the same.
+    pub fn is_plain(&self, role: &str) -> bool {
+        let usual = |(name, value): &Parameter| match &**name {
+            b"role" => **value == *b"none",
+            b"session_authorization" => **value == *role.as_bytes(),
+            _ => false,
+        };
+        self.statements.is_empty() && self.unnamed.is_none() && self.settings.iter().all(usual)
+    }
+
+    /// Whether there are prepared statements in it.
+    pub fn has_statements(&self) -> bool {
+        !self.statements.is_empty()
+    }
+
+    /// Tells its settings from others.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.settings.hash(&mut hasher);
+        // 0 is no settings at all.
+        hasher.finish().max(1)
     }
 
     fn take_setting(&mut self, name: &[u8], value: &[u8]) {
@@ -336,7 +384,7 @@ UNION ALL SELECT 'set', f.n, pg_catalog.current_setting(f.n, true), NULL FROM (
 UNION ALL SELECT CASE WHEN p.from_sql THEN 'sql' ELSE 'wire' END, p.name, p.statement,
          p.parameter_types::pg_catalog.oid[]::pg_catalog.text
   FROM pg_catalog.pg_prepared_statements p
- WHERE p.name OPERATOR(pg_catalog.<>) '{OWN}'
+ WHERE p.name OPERATOR(pg_catalog.!~) '^{RESERVED}'
    AND pg_catalog.octet_length(p.statement) OPERATOR(pg_catalog.<=) {KEPT_MAX}"
     );
     for name in ["session_authorization", "role"] {
@@ -379,38 +427,6 @@ fn rank(setting: &[u8]) -> u8 {
         b"session_authorization" => 1,
         b"role" => 2,
         _ => 3,
-    }
-}
-
-/// Whether a text's first word, after blanks and comments, is `PREPARE`.
-fn begins_with_prepare(text: &[u8]) -> bool {
-    let mut rest = text.trim_ascii_start();
-    loop {
-        if let Some(comment) = rest.strip_prefix(b"--") {
-            let end = comment.iter().position(|&b| b == b'\n').unwrap_or(comment.len());
-            rest = comment[end..].trim_ascii_start();
-        } else if rest.starts_with(b"/*") {
-            let Some(after) = skip_block_comment(rest) else { return false };
-            rest = after.trim_ascii_start();
-        } else {
-            let word = rest.get(..7).is_some_and(|word| word.eq_ignore_ascii_case(b"prepare"));
-            return word && !rest.get(7).is_some_and(|&b| b.is_ascii_alphanumeric() || b == b'_');
-        }
-    }
-}
-
-/// Block comments nest (PostgreSQL 15, 4.1.5).
-fn skip_block_comment(text: &[u8]) -> Option<&[u8]> {
-    let (mut at, mut depth) = (0, 0_usize);
-    loop {
-        match text.get(at..at + 2)? {
-            b"/*" => (at, depth) = (at + 2, depth + 1),
-            b"*/" => (at, depth) = (at + 2, depth - 1),
-            _ => at += 1,
-        }
-        if depth == 0 {
-            return text.get(at..);
-        }
     }
 }
 
@@ -477,17 +493,6 @@ fn sync(out: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn prepare_is_found_behind_blanks_and_comments() {
-        for good in ["PREPARE a AS SELECT 1", " \n prepare a as select 1", "-- x\n/* a /* b */ */PREPARE x", "prepare"]
-        {
-            assert!(begins_with_prepare(good.as_bytes()), "{good:?}");
-        }
-        for bad in ["", "prepared", "select 1; prepare a as select 1", "/* prepare", "-- prepare", "DO $$ $$", "/*/"] {
-            assert!(!begins_with_prepare(bad.as_bytes()), "{bad:?}");
-        }
-    }
 
     #[test]
     fn type_lists_are_read() {

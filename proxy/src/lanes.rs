@@ -141,6 +141,11 @@ impl Endpoints for Elsewhere {
         self.ask(async move { endpoints.visit(branch, &point).await }).await
     }
 
+    fn may_answer(&self) -> bool {
+        // On the way of every message: asked where it is wanted.
+        self.endpoints.may_answer()
+    }
+
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
         let endpoints = self.endpoints.clone();
         self.ask(async move { endpoints.wake(branch).await }).await
@@ -163,6 +168,37 @@ mod tests {
         assert_eq!(held(), [1, 1]);
         drop((second, third));
         assert_eq!(held(), [0, 0]);
+    }
+
+    #[derive(Debug)]
+    struct NotOurs;
+
+    #[async_trait]
+    impl Endpoints for NotOurs {
+        async fn find(&self, _: &EndpointName) -> Result<Endpoint, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        async fn visit(&self, _: BranchId, _: &Point) -> Result<BranchId, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        fn may_answer(&self) -> bool {
+            false
+        }
+
+        async fn wake(&self, _: BranchId) -> Result<Awake, EndpointError> {
+            unreachable!("nobody asks")
+        }
+    }
+
+    #[tokio::test]
+    async fn what_may_not_be_told_may_not_be_told_on_a_lane_either() {
+        assert!(!Elsewhere::new(Arc::new(NotOurs)).may_answer());
     }
 
     #[test]

@@ -10,8 +10,9 @@
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?), calloff   startup   scram   settings (names)   errors (words)
+//!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
-//!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
 //! ```
 //!
 //! **Invariants**
@@ -25,7 +26,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, answering health pings, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: PROXY protocol, allow lists, given certificates.
 
 mod backend;
 mod branch;
@@ -41,10 +42,14 @@ pub mod fuzzing;
 mod haste;
 mod hibernate;
 mod lanes;
+mod lexical;
 mod limits;
 mod login;
+mod pings;
+mod pool;
 mod proxy;
 mod relay;
+mod replication;
 mod scram;
 mod session;
 mod settings;
@@ -54,6 +59,7 @@ mod tls;
 mod unix;
 mod waits;
 mod wire;
+mod wishes;
 
 pub use backend::connect as connect_socket;
 pub use endpoints::{

@@ -6,7 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use ebb_types::Point;
+use ebb_types::{EndpointName, Point, SqlState};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
@@ -15,7 +15,7 @@ use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::proxy::Shared;
 use crate::scram::{self, Exchange, Failure, Verifier};
-use crate::startup::{PACKET_MAX, Packet, Place, Startup};
+use crate::startup::{PACKET_MAX, Packet, Place, Startup, behind_pooler};
 use crate::stream::ClientStream;
 use crate::tls::ALPN;
 use crate::wire::{Fields, cstr, message, read_message};
@@ -36,6 +36,8 @@ pub struct Login {
     pub endpoint: Endpoint,
     /// As whom.
     pub role: String,
+    /// In transaction mode.
+    pub pooled: bool,
 }
 
 /// How a connection ends before there is a session.
@@ -74,8 +76,9 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
             client.send(&negotiation).await?;
         }
         let role = startup.text("user").filter(|role| !role.is_empty()).ok_or_else(Said::no_user)?.to_owned();
-        let Place { endpoint, point } = startup.take_place(sni.as_deref(), &shared.config.domain)?;
-        let mut endpoint = shared.endpoints.find(&endpoint).await.map_err(Said::from)?;
+        let Place { endpoint, point, pooled } = startup.take_place(sni.as_deref(), &shared.config.domain)?;
+        let (mut endpoint, by_name) = find(shared, &endpoint).await?;
+        let pooled = pooled.unwrap_or(by_name);
         startup.default_database(&endpoint.default_database);
         startup.fix_user(&role);
         authenticate(shared, &mut client, peer, &endpoint, &role, binding.as_ref().map(|hash| &hash[..])).await?;
@@ -83,12 +86,22 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
             // Whoever may not come in now may not come into the past either.
             endpoint.branch = shared.endpoints.visit(endpoint.branch, &point).await.map_err(Said::from)?;
         }
-        Ok((endpoint, role))
+        Ok((endpoint, role, pooled))
     };
     match result.await {
-        Ok((endpoint, role)) => Ok(Login { client, startup, endpoint, role }),
+        Ok((endpoint, role, pooled)) => Ok(Login { client, startup, endpoint, role, pooled }),
         Err(Refusal::Say(said)) => Err(Turned::Away(client, said)),
         Err(Refusal::HungUp) => Err(Turned::Off),
+    }
+}
+
+/// Finds an endpoint, by its own name or else by its pooler's; answers whether it was the latter.
+async fn find(shared: &Shared, name: &EndpointName) -> Result<(Endpoint, bool), Said> {
+    match (shared.endpoints.find(name).await, behind_pooler(name)) {
+        (Err(error), Some(own)) if error.sqlstate == SqlState::INVALID_CATALOG_NAME => {
+            shared.endpoints.find(&own).await.map(|endpoint| (endpoint, true)).map_err(Said::from)
+        }
+        (found, _) => found.map(|endpoint| (endpoint, false)).map_err(Said::from),
     }
 }
 

@@ -59,12 +59,20 @@ pub struct ProxyConfig {
     pub domain: String,
     /// How long a client is held while its compute wakes or its endpoint is fenced. Default 30 s; then `57P03`.
     pub wake_budget: Duration,
+    /// Whether `SELECT 1` of a client whose session sleeps is answered here instead of waking its compute. Default no; a
+    /// client may wish otherwise (`ebb.pings`). Empty queries are always answered here.
+    pub answer_pings: bool,
     /// How long a peer may take to say who it is. Default 15 s; then it is cut.
     pub login_timeout: Duration,
     /// How long active sessions may go on when the proxy drains. Default 5 s; then `57P01`.
     pub drain_deadline: Duration,
     /// Sessions one endpoint may hold, hibernated ones included. Default 10,000; then `53300`.
     pub sessions_per_endpoint_max: usize,
+    /// Backends that a branch's clients in transaction mode share, where the branch has no number of its own. Default: a
+    /// quarter of the connections that its Postgres takes.
+    pub pool_size: Option<usize>,
+    /// How long a client in transaction mode waits for one of them. Default 30 s; then `53300`.
+    pub pool_wait: Duration,
     /// A client that waits for longer is written to the log, with what it waited for. Default 2 s.
     pub slow_wake: Duration,
     /// Threads that carry the sessions. Default: one for four processors; they are shared with whatever else runs here.
@@ -79,9 +87,12 @@ impl ProxyConfig {
             tls_dir: tls_dir.into(),
             domain: "localhost".to_owned(),
             wake_budget: Duration::from_secs(30),
+            answer_pings: false,
             login_timeout: Duration::from_secs(15),
             drain_deadline: Duration::from_secs(5),
             sessions_per_endpoint_max: 10_000,
+            pool_size: None,
+            pool_wait: Duration::from_secs(30),
             slow_wake: Duration::from_secs(2),
             lanes: Lanes::usual(),
         }
@@ -377,8 +388,7 @@ impl Sessions for Shared {
 
     fn lost(&self, branch: BranchId, generation: u64) {
         if let Some(branch) = self.known_branch(branch) {
-            branch.forget(generation);
-            branch.order(Order::Lost, Some(generation));
+            branch.lost(generation);
         }
     }
 }

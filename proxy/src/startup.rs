@@ -14,6 +14,9 @@ pub const PACKET_MAX: usize = 10_000;
 const CANCEL: u32 = 80_877_102;
 const SSL: u32 = 80_877_103;
 const GSS: u32 = 80_877_104;
+/// What the name of an endpoint ends with where transaction mode is meant.
+const POOLER_SUFFIX: &str = "-pooler";
+const APPLICATION_NAME: &str = "application_name";
 
 /// LIMIT: lengths of a cancel key's secret (PostgreSQL 18, 54.7, `BackendKeyData`).
 const CANCEL_SECRET_LEN: std::ops::RangeInclusive<usize> = 4..=256;
@@ -178,9 +181,29 @@ impl Startup {
         self.set("user", Some(role.to_owned()));
     }
 
-    fn set(&mut self, name: &str, value: Option<String>) {
+    /// Sets a parameter, or removes it.
+    pub fn set(&mut self, name: &str, value: Option<String>) {
         self.parameters.retain(|(key, _)| key != name.as_bytes());
         self.parameters.extend(value.map(|value| (name.as_bytes().to_vec(), value.into_bytes())));
+    }
+
+    /// Makes `application_name` what Postgres would make of it, and answers it: plain ASCII, not too long.
+    pub fn fix_application_name(&mut self) -> Vec<u8> {
+        let name = self.parameters.iter().rev().find(|(key, _)| key == APPLICATION_NAME.as_bytes());
+        let plain = |byte: &u8| if matches!(byte, b' '..=b'~') { *byte } else { b'?' };
+        let fixed: Vec<u8> = name.map(|(_, value)| value).into_iter().flatten().take(63).map(plain).collect();
+        self.parameters.retain(|(key, _)| key != APPLICATION_NAME.as_bytes());
+        if !fixed.is_empty() {
+            self.parameters.push((APPLICATION_NAME.as_bytes().to_vec(), fixed.clone()));
+        }
+        fixed
+    }
+
+    /// The packet for a backend, but for `application_name`: what sessions that can share one have in common.
+    pub fn without_application_name(&self) -> Vec<u8> {
+        let mut other = self.clone();
+        other.set(APPLICATION_NAME, None);
+        other.encode()
     }
 
     /// Whether the connection wants to replicate rather than to query.
@@ -211,18 +234,18 @@ impl Startup {
     /// # Errors
     /// If no endpoint is named, or `options` name an endpoint or a point that cannot be.
     pub fn take_place(&mut self, sni: Option<&str>, domain: &str) -> Result<Place, Said> {
-        let (from_options, point_of_options) = self.take_from_options()?;
+        let (from_options, point_of_options, pooled) = self.take_from_options()?;
         let implied = || sni.and_then(|host| endpoint_of_host(host, domain));
         let named = from_options.clone().or_else(implied);
         let (from_database, point_of_database) = self.take_from_database(named.is_some());
         let endpoint = from_options.or(from_database).or(named).ok_or_else(|| Said::no_endpoint(domain))?;
         let point = point_of_options.or(point_of_database).unwrap_or_default();
-        Ok(Place { endpoint, point })
+        Ok(Place { endpoint, point, pooled })
     }
 
-    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>), Said> {
-        let Some(options) = self.text("options") else { return Ok((None, None)) };
-        let (mut endpoint, mut point) = (None, None);
+    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>, Option<bool>), Said> {
+        let Some(options) = self.text("options") else { return Ok((None, None, None)) };
+        let (mut endpoint, mut point, mut pooled) = (None, None, None);
         let mut kept = Vec::new();
         for word in option_words(options) {
             if let Some(name) = word.strip_prefix("endpoint=") {
@@ -231,15 +254,21 @@ impl Startup {
             } else if let Some(text) = word.strip_prefix("point=") {
                 let text = unescaped(text);
                 point = Some(text.parse().map_err(|_| Said::not_a_point(&text))?);
+            } else if let Some(mode) = word.strip_prefix("pool=") {
+                pooled = Some(match mode {
+                    "transaction" => true,
+                    "session" => false,
+                    _ => return Err(Said::not_a_pool_mode(mode)),
+                });
             } else {
                 kept.push(word);
             }
         }
-        if endpoint.is_some() || point.is_some() {
+        if endpoint.is_some() || point.is_some() || pooled.is_some() {
             let rest = kept.join(" ");
             self.set("options", Some(rest).filter(|rest| !rest.is_empty()));
         }
-        Ok((endpoint, point))
+        Ok((endpoint, point, pooled))
     }
 
     /// `name@endpoint`, `name@endpoint@point`; and `name@point`, where the endpoint is named elsewhere.
@@ -278,6 +307,15 @@ pub struct Place {
     pub endpoint: EndpointName,
     /// To which moment of it; the head is the branch itself.
     pub point: Point,
+    /// Whether in transaction mode, where that is written out.
+    pub pooled: Option<bool>,
+}
+
+/// The endpoint that a pooler's name stands for: `prod--shop` for `prod--shop-pooler`.
+///
+/// The suffix belongs to the whole name, so it stands behind the project; no project may be made that is called so.
+pub fn behind_pooler(name: &EndpointName) -> Option<EndpointName> {
+    name.to_string().strip_suffix(POOLER_SUFFIX)?.parse().ok()
 }
 
 /// What may stand behind the last `@` of a database's name. A checkpoint that is called like an endpoint (`a--b`) is taken
@@ -312,7 +350,7 @@ pub fn endpoint_of_host(host: &str, domain: &str) -> Option<EndpointName> {
 
 /// Splits `options` as Postgres does (`pg_split_opts`, postinit.c), but leaves the backslashes where they are, so that
 /// the words can be joined again.
-fn option_words(options: &str) -> impl Iterator<Item = &str> {
+pub fn option_words(options: &str) -> impl Iterator<Item = &str> {
     let mut rest = options;
     std::iter::from_fn(move || {
         rest = rest.trim_start_matches(|c: char| c.is_ascii_whitespace());
@@ -334,7 +372,7 @@ fn option_words(options: &str) -> impl Iterator<Item = &str> {
 }
 
 /// A word of `options` as Postgres reads it: a backslash stands for what follows it.
-fn unescaped(word: &str) -> String {
+pub fn unescaped(word: &str) -> String {
     let mut chars = word.chars();
     std::iter::from_fn(|| match chars.next() {
         Some('\\') => chars.next(),
@@ -368,7 +406,7 @@ mod tests {
     fn check(parameters: &[(&str, &str)], sni: Option<&str>, expect: Result<(&str, Option<&str>, Option<&str>), &str>) {
         let mut startup = startup(parameters);
         match (startup.take_place(sni, "localhost"), expect) {
-            (Ok(Place { endpoint, point }), Ok((place, database, options))) => {
+            (Ok(Place { endpoint, point, .. }), Ok((place, database, options))) => {
                 let told = if point == Point::Head { endpoint.to_string() } else { format!("{endpoint}@{point}") };
                 assert_eq!(told, place, "for {parameters:?}");
                 assert_eq!(startup.text("database"), database, "for {parameters:?}");

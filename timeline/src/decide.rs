@@ -8,6 +8,7 @@ use ebb_compute::import::DumpFormat;
 use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
@@ -31,6 +32,8 @@ const IDLE_SUSPEND_MIN_MS: u64 = 100;
 /// LIMIT: a compute that shall stay awake for a year needs no suspension; more is a mistake in the unit.
 const IDLE_SUSPEND_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
 
+/// LIMIT: a Postgres that takes more connections than this is no branch's.
+const POOL_SIZE_MAX: u32 = 10_000;
 /// LIMIT: a window longer than this is an archive, not a way back; more is a mistake in the unit.
 const WINDOW_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
 
@@ -61,6 +64,10 @@ pub enum Ask {
         durability: Option<Durability>,
         /// What is done for it by itself.
         upkeep: UpkeepChange,
+        /// What becomes of idle sessions that cannot be given back; `None`: as it is.
+        pinned: Option<Pinned>,
+        /// How many backends its clients in transaction mode share, 0 for as many as is derived; `None`: as it is.
+        pool_size: Option<u32>,
     },
     /// A branch less.
     DeleteBranch {
@@ -311,7 +318,10 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
             Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, .. } => {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, pool_size, .. } => {
+            if pool_size.is_some_and(|size| size > POOL_SIZE_MAX) {
+                return Err(Refusal::Invalid(format!("pool_size must be at most {POOL_SIZE_MAX}")));
+            }
             if let Some(fault) = upkeep.fault() {
                 return Err(Refusal::Invalid(fault));
             }
@@ -605,10 +615,21 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 rescue_until: None,
             })
         }
-        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, .. }) => {
+        (
+            Plan::ChangeBranch { branch },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, pool_size, .. },
+        ) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep) = (*branch, upkeep.clone());
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep });
+            let (branch, upkeep, pinned, pool_size) = (*branch, upkeep.clone(), *pinned, *pool_size);
+            events.push(Event::BranchChanged {
+                branch,
+                idle_suspend_ms,
+                window_ms,
+                durability,
+                upkeep,
+                pinned,
+                pool_size,
+            });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

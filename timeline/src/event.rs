@@ -12,6 +12,7 @@ use ebb_types::{
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Fault, Probe, Report, TableRows};
 use crate::upkeep::UpkeepChange;
 
@@ -75,6 +76,12 @@ pub enum Event {
         /// What is new of what is done for it by itself.
         #[serde(default, skip_serializing_if = "UpkeepChange::is_empty")]
         upkeep: UpkeepChange,
+        /// What becomes of idle sessions that cannot be given back, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pinned: Option<Pinned>,
+        /// How many backends its clients in transaction mode share, if that is new; 0 leaves it to be derived.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pool_size: Option<u32>,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {

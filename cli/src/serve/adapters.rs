@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
-use ebb_timeline::clients::{Activity, Clients, SessionRow};
+use ebb_timeline::clients::{Activity, Clients, Rest, SessionRow};
 use ebb_timeline::{Place, Service};
 use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
 
@@ -50,7 +50,12 @@ impl ServiceEndpoints {
 impl Endpoints for ServiceEndpoints {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         let found = self.service()?.find(name).await.map_err(reported)?;
-        Ok(Endpoint { branch: found.branch, name: name.clone(), default_database: found.default_database })
+        Ok(Endpoint {
+            branch: found.branch,
+            name: name.clone(),
+            default_database: found.default_database,
+            pool_size: found.pool_size.map(|size| size as usize),
+        })
     }
 
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
@@ -187,8 +192,12 @@ impl Clients for ProxyClients {
         self.proxy.sessions(branch).into_iter().map(|session| self.row(session)).collect()
     }
 
-    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
-        let rule = if end_rest { Unreplayable::End } else { Unreplayable::Refuse };
+    async fn fence(&self, branch: BranchId, deadline: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
+        let rule = match rest {
+            Rest::Refuse => Unreplayable::Refuse,
+            Rest::EndPinned => Unreplayable::EndPinned,
+            Rest::End => Unreplayable::End,
+        };
         let fenced = self.proxy.fence(branch, deadline, rule).await;
         fenced.map_err(|blocked| blocked.0.into_iter().map(|session| self.row(session)).collect())
     }

@@ -16,7 +16,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 22] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -30,6 +30,9 @@ const KEYS: [&str; 19] = [
     "node-listen",
     "node-ttl",
     "idle-suspend",
+    "wake-budget",
+    "answer-pings",
+    "pool-size",
     "slow-wake",
     "min-free-bytes",
     "hydrate",
@@ -80,6 +83,13 @@ pub struct Settings {
     /// How long a compute without work stays up, for branches without a value of their own. Default 5 minutes.
     #[serde(serialize_with = "as_text")]
     pub idle_suspend: Duration,
+    /// How long a client is held while its branch wakes, or is restored; then it is told `57P03` and when to try again.
+    /// Default 30 seconds.
+    #[serde(serialize_with = "as_text")]
+    pub wake_budget: Duration,
+    /// Whether `SELECT 1` of a client whose branch sleeps is answered without a wake. Default no; a client may wish otherwise
+    /// (`-c ebb.pings=on`). Empty queries always are.
+    pub answer_pings: bool,
     /// A client that waits for its compute for longer is written to the log, with what it waited for. Default 2 seconds.
     #[serde(serialize_with = "as_text")]
     pub slow_wake: Duration,
@@ -88,6 +98,10 @@ pub struct Settings {
     /// Whether what an awake branch lacks on this node is fetched in the background. Default yes: the node gets independent
     /// of the bucket. Without it, only what is read is fetched.
     pub hydrate: bool,
+    /// Backends of a branch that its clients in transaction mode share, where it does not say otherwise. Default: a quarter
+    /// of the connections that its Postgres takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u64>,
     /// Bytes that layers may take on the disk of `data`; above, those used longest ago are given up, unless they are in use
     /// or nowhere else. Default: half of the file system.
     pub cache_limit: Option<u64>,
@@ -133,10 +147,13 @@ impl Settings {
         let node_listen = sources.address("node-listen", args.node_listen.clone(), "127.0.0.1:0");
         let node_ttl = sources.time("node-ttl", args.node_ttl.clone(), Duration::from_secs(10));
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
+        let wake_budget = sources.time("wake-budget", args.wake_budget.clone(), Duration::from_secs(30));
+        let answer_pings = sources.flag("answer-pings", args.answer_pings, false);
         let slow_wake = sources.time("slow-wake", args.slow_wake.clone(), Duration::from_secs(2));
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
         let cache_limit = sources.number("cache-limit", args.cache_limit);
+        let pool_size = sources.number("pool-size", args.pool_size);
         let CollectPolicy { grace, interval } = CollectPolicy::default();
         let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
         let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
@@ -152,6 +169,9 @@ impl Settings {
         }
         if collect_interval < COLLECT_INTERVAL_MIN {
             faults.push("collect-interval: at least 1s is wanted".to_owned());
+        }
+        if pool_size == Some(0) {
+            faults.push("pool-size: at least 1 is wanted".to_owned());
         }
         if node_ttl < NODE_TTL_MIN {
             faults.push("node-ttl: at least 500ms is wanted".to_owned());
@@ -183,9 +203,12 @@ impl Settings {
             node_listen,
             node_ttl,
             idle_suspend,
+            wake_budget,
+            answer_pings,
             slow_wake,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,
+            pool_size,
             cache_limit,
             collect_grace,
             collect_interval,
@@ -269,7 +292,7 @@ impl Sources<'_> {
             (None, Some(value)) => {
                 let number = value.as_integer().and_then(|n| u64::try_from(n).ok());
                 if number.is_none() {
-                    self.faults.push(format!("{key}: want a whole number of bytes, not {value}"));
+                    self.faults.push(format!("{key}: want a whole number, not {value}"));
                 }
                 number
             }
@@ -331,7 +354,7 @@ mod tests {
         s3-path-style: want true or false, not 1
         listen: "here" is not an address with a port, like 127.0.0.1:6432
         idle-suspend: want a text in quotes, not 5
-        min-free-bytes: want a whole number of bytes, not -1
+        min-free-bytes: want a whole number, not -1
         the scheme "gs" of the bucket's URL is not known (want s3:// or file://)
         api-listen 0.0.0.0:7432 is reachable from other machines, and the API asks nobody who they are: use a loopback address, and a tunnel from elsewhere
         "#);

@@ -34,7 +34,7 @@ impl Stage {
             peer: String::new(),
         };
         let seat = Seat::new(sitter);
-        seat.set_backend(1, Some(CancelTarget { socket, key: backends_key() }));
+        seat.set_backend(1, Some(CancelTarget { socket, key: backends_key(), _lease: None }));
         Self { postmaster, keys: Arc::new(CancelKeys::new()), seat, tasks: TaskTracker::new(), _dir: dir }
     }
 

@@ -95,7 +95,9 @@ impl World {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("log")).unwrap();
         let mut command = as_postgres(&format!("{BIN}/postgres"));
         command.arg("-D").arg(self.dir.path().join("data")).arg("-k").arg(self.dir.path());
-        for setting in ["listen_addresses=", "fsync=off", "max_connections=300", "shared_buffers=16MB"] {
+        for setting in
+            ["listen_addresses=", "fsync=off", "max_connections=300", "shared_buffers=16MB", "wal_level=logical"]
+        {
             command.arg("-c").arg(setting);
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
@@ -124,6 +126,17 @@ impl World {
         }
     }
 
+    /// Puts another cluster in the place of the one that sleeps.
+    pub fn replace(&self) {
+        fs::remove_dir_all(self.data()).unwrap();
+        run(as_postgres(&format!("{BIN}/initdb")).args(["-A", "trust", "-U", "postgres", "-N", "-D"]).arg(self.data()));
+        let sql = "CREATE ROLE app LOGIN REPLICATION\nCREATE DATABASE app OWNER app\n";
+        let path = self.dir.path().join("sql");
+        fs::write(&path, sql).unwrap();
+        let mut single = as_postgres(&format!("{BIN}/postgres"));
+        run(single.args(["--single", "-D"]).arg(self.data()).arg("postgres").stdin(fs::File::open(&path).unwrap()));
+    }
+
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
@@ -139,7 +152,12 @@ impl Drop for World {
 impl Endpoints for World {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         if name.to_string() == ENDPOINT {
-            return Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned() });
+            return Ok(Endpoint {
+                branch: BRANCH,
+                name: name.clone(),
+                default_database: "app".to_owned(),
+                pool_size: None,
+            });
         }
         Err(EndpointError {
             sqlstate: SqlState::INVALID_CATALOG_NAME,
@@ -166,6 +184,10 @@ impl Endpoints for World {
                 hint: Some("Did you mean v1?".to_owned()),
             }),
         }
+    }
+
+    fn may_answer(&self) -> bool {
+        true
     }
 
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
@@ -255,6 +277,17 @@ impl Ebb {
             .dbname("app")
             .options(format!("endpoint={ENDPOINT}"));
         config
+    }
+
+    /// A configuration that leads to it in transaction mode.
+    pub fn pooled(&self) -> Config {
+        let mut config = self.config();
+        config.options(format!("endpoint={ENDPOINT}-pooler"));
+        config
+    }
+
+    pub async fn connect_pooled(&self) -> Client {
+        connect(&self.pooled()).await.unwrap()
     }
 
     pub async fn connect(&self) -> Client {

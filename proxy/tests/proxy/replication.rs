@@ -1,115 +1,142 @@
-//! Replication connections, physical and logical: Postgres' own programs, and the copy in both directions by hand.
+//! Replication clients are kept while their compute sleeps, and get all that comes after, once.
 
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use ebb_proxy::SessionState;
 
-use ebb_proxy::{SessionState, Unreplayable};
+use crate::harness::{Ebb, PATIENCE, until, value};
+use crate::raw::{self, Session};
 
-use crate::harness::{BRANCH, ENDPOINT, Ebb, PASSWORD, PATIENCE, until, value};
-use crate::wire::{Wire, connect, message, query, startup};
+/// A client that speaks the streaming replication protocol.
+struct Follower {
+    session: Session,
+    /// Up to where it has everything.
+    has: u64,
+}
 
-/// A compute that decodes WAL, and lets `app` replicate.
-async fn ready_to_replicate() -> Ebb {
+fn number(body: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(body[at..at + 8].try_into().unwrap())
+}
+
+impl Follower {
+    async fn start(ebb: &Ebb, kind: &str, command: &str) -> Self {
+        let mut session = Session::open_as(ebb, &format!("replication\0{kind}\0")).await;
+        session.exchange(&[(b'Q', b"IDENTIFY_SYSTEM\0")], b"TDCZ").await;
+        session.write(&[(b'Q', format!("{command}\0").as_bytes())]).await;
+        assert_eq!(session.read().await.0, b'W');
+        Self { session, has: 0 }
+    }
+
+    async fn confirm(&mut self, reply: bool) {
+        let status = [&b"r"[..], &self.has.to_be_bytes().repeat(3), &[0; 8], &[u8::from(reply)]].concat();
+        self.session.write(&[(b'd', &status)]).await;
+    }
+
+    /// The next message of data; confirms what keepalives tell of.
+    async fn data(&mut self) -> Vec<u8> {
+        loop {
+            let (tag, body) = self.session.read().await;
+            match (tag, body.first()) {
+                (b'd', Some(b'w')) => return body,
+                (b'd', Some(b'k')) => {
+                    self.has = self.has.max(number(&body, 1));
+                    self.confirm(false).await;
+                }
+                _ => panic!("unexpected: {tag} {body:?}"),
+            }
+        }
+    }
+
+    /// The changes of one transaction, as `test_decoding` writes them; confirms them.
+    async fn transaction(&mut self) -> Vec<String> {
+        let mut changes = Vec::new();
+        loop {
+            let body = self.data().await;
+            self.has = self.has.max(number(&body, 1));
+            let text = String::from_utf8(body[25..].to_vec()).unwrap();
+            match text.split(' ').next() {
+                Some("BEGIN") => assert!(changes.is_empty(), "a transaction is sent whole: {changes:?}"),
+                Some("COMMIT") => break,
+                _ => changes.push(text),
+            }
+        }
+        self.confirm(false).await;
+        changes
+    }
+}
+
+async fn replicating() -> Ebb {
     let ebb = Ebb::asleep().await;
-    let client = ebb.connect().await;
+    let writer = ebb.connect().await;
+    writer.batch_execute("CREATE TABLE t (a int)").await.unwrap();
     let superuser = ebb.world.superuser().await.unwrap();
     superuser.batch_execute("ALTER ROLE app REPLICATION").await.unwrap();
-    superuser.batch_execute("ALTER SYSTEM SET wal_level = 'logical'").await.unwrap();
-    client.batch_execute("CREATE TABLE t (a int); INSERT INTO t SELECT generate_series(1, 10000)").await.unwrap();
-    drop((client, superuser));
-    ebb.suspend_when_idle().await;
+    superuser.batch_execute("SELECT pg_create_logical_replication_slot('s', 'test_decoding')").await.unwrap();
+    superuser.batch_execute("SELECT pg_create_physical_replication_slot('p', true)").await.unwrap();
+    drop((writer, superuser));
+    until("it has left", || async { ebb.states().is_empty() }).await;
     ebb
 }
 
-/// Runs one of Postgres' programs against the proxy; answers what it wrote.
-async fn program(ebb: &Ebb, name: &str, arguments: &[&str]) -> String {
-    let conninfo = format!(
-        "hostaddr=127.0.0.1 port={} user=app password={PASSWORD} dbname=app options=endpoint={ENDPOINT}",
-        ebb.addr.port()
-    );
-    let mut command = Command::new(Path::new("/usr/lib/postgresql/15/bin").join(name));
-    command.arg("--no-password").arg("-d").arg(conninfo).args(arguments);
-    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+#[tokio::test(flavor = "multi_thread")]
+async fn a_logical_subscriber_gets_what_is_written_after_each_sleep_and_nothing_twice() {
+    let ebb = replicating().await;
+    let writer = ebb.connect().await;
+    let mut follower = Follower::start(&ebb, "database", "START_REPLICATION SLOT s LOGICAL 0/0").await;
+    for round in 1..=3 {
+        writer.batch_execute(&format!("INSERT INTO t VALUES ({round})")).await.unwrap();
+        assert_eq!(follower.transaction().await, [format!("table public.t: INSERT: a[integer]:{round}")]);
+        ebb.suspend_when_idle().await;
+        assert_eq!(ebb.states(), [SessionState::Hibernated, SessionState::Hibernated]);
+        let wakes = ebb.wakes();
+        // Its status wakes nothing, and is answered where it wants to be.
+        follower.confirm(true).await;
+        follower.confirm(true).await;
+        for _ in 0..2 {
+            let (tag, body) = tokio::time::timeout(PATIENCE, follower.session.read()).await.unwrap();
+            assert_eq!((tag, body[0], body.len()), (b'd', b'k', 18));
+            assert!(number(&body, 1) >= follower.has);
+        }
+        assert_eq!((ebb.wakes(), ebb.world.is_running()), (wakes, false));
+    }
+    // Somebody else's work is what it follows, not a reason to wake.
+    writer.batch_execute("INSERT INTO t VALUES (4)").await.unwrap();
+    assert_eq!(follower.transaction().await.len(), 1);
+    follower.session.write(&[(b'c', b"")]).await;
+    let end = follower.session.read_turn().await;
+    assert_eq!(end.last(), Some(&b'I'), "the stream ends as it would have");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_base_backup_with_its_wal_is_taken_through_the_proxy() {
-    let ebb = ready_to_replicate().await;
-    let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let path = backup.to_str().unwrap();
-    // With its WAL at the end: where it streams beside, pg_basebackup 15 sometimes waits for what it has already read.
-    program(&ebb, "pg_basebackup", &["-D", path, "--wal-method=fetch", "--checkpoint=fast", "--no-sync"]).await;
-    let verified = Command::new("/usr/lib/postgresql/15/bin/pg_verifybackup").arg(&backup).output().unwrap();
-    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
-    until("its sessions have left", || async { ebb.states().is_empty() }).await;
-    assert_eq!(ebb.wakes(), 2);
+async fn a_standby_gets_wal_without_a_gap() {
+    let ebb = replicating().await;
+    let writer = ebb.connect().await;
+    let start = value(&writer, "SELECT pg_current_wal_lsn()").await;
+    let mut follower = Follower::start(&ebb, "true", &format!("START_REPLICATION SLOT p PHYSICAL {start}")).await;
+    let mut next = None;
+    for round in 1..=3 {
+        writer.batch_execute(&format!("INSERT INTO t VALUES ({round})")).await.unwrap();
+        let end = value(&writer, "SELECT pg_current_wal_flush_lsn() - '0/0'").await.parse().unwrap();
+        while next.unwrap_or(0) < end {
+            let body = follower.data().await;
+            let begin = number(&body, 1);
+            assert_eq!(next.unwrap_or(begin), begin, "in round {round}");
+            next = Some(begin + body.len() as u64 - 25);
+        }
+        ebb.suspend_when_idle().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_are_decoded_through_the_proxy() {
-    let ebb = ready_to_replicate().await;
-    program(&ebb, "pg_recvlogical", &["--slot=s", "--create-slot", "--plugin=test_decoding"]).await;
-    let client = ebb.connect().await;
-    client.batch_execute("INSERT INTO t VALUES (-1); DELETE FROM t WHERE a = 7").await.unwrap();
-    let end = format!("--endpos={}", value(&client, "SELECT pg_current_wal_lsn()::text").await);
-    // Something behind it, so that the end is reached.
-    client.batch_execute("INSERT INTO t VALUES (-2)").await.unwrap();
-    let arguments =
-        ["--slot=s", "--start", "--no-loop", "--file=-", "--fsync-interval=0", &end, "-o", "skip-empty-xacts=1"];
-    let changes = program(&ebb, "pg_recvlogical", &arguments).await;
-    assert!(changes.contains("table public.t: INSERT: a[integer]:-1\n"), "{changes}");
-    assert!(changes.contains("table public.t: DELETE: (no-tuple-data)\n"), "{changes}");
-    assert!(!changes.contains("a[integer]:-2"), "{changes}");
-    program(&ebb, "pg_recvlogical", &["--slot=s", "--drop-slot"]).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn wal_is_received_through_the_proxy() {
-    let ebb = ready_to_replicate().await;
-    let client = ebb.connect().await;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().to_str().unwrap();
-    program(&ebb, "pg_receivewal", &["--slot=s", "--create-slot"]).await;
-    client.batch_execute("INSERT INTO t SELECT generate_series(1, 100000)").await.unwrap();
-    let end = value(&client, "SELECT pg_current_wal_lsn()::text").await;
-    client.batch_execute("INSERT INTO t VALUES (-2)").await.unwrap();
-    program(&ebb, "pg_receivewal", &["-D", path, "--slot=s", "--no-loop", "--no-sync", &format!("--endpos={end}")])
-        .await;
-    let received: u64 =
-        std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
-    assert!(received >= 16 << 20, "a segment at least, not {received} bytes");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_copy_in_both_directions_ends_by_either_side() {
-    let ebb = ready_to_replicate().await;
-    let mut wire = Wire::start(connect(&ebb).await, &startup(0, &[("replication", "database")])).await;
-    assert_eq!(wire.ask(&query("IDENTIFY_SYSTEM")).await.0, "TDCZ");
-    let (tags, _) = wire.ask(&query("CREATE_REPLICATION_SLOT s TEMPORARY LOGICAL test_decoding")).await;
-    assert_eq!(tags, "TDCZ");
-    wire.write(&query("START_REPLICATION SLOT s LOGICAL 0/0")).await;
-    assert_eq!(wire.read().await.0, b'W');
-    // A status that asks for an answer; and the end, byte by byte.
-    let status = [&b"r"[..], &[0; 32], &[1]].concat();
-    wire.write_in_pieces(&message(b'd', &status), 1).await;
-    assert_eq!(wire.read_until(b'd').await.pop().unwrap().1[0], b'k');
-    wire.write_in_pieces(&message(b'c', b""), 1).await;
-    let tags: String = wire.read_until(b'Z').await.iter().map(|(tag, _)| char::from(*tag)).collect();
-    assert_eq!(tags.replace('d', ""), "cCCZ");
-    // Queries are answered after it.
-    assert_eq!(wire.ask(&query("SELECT count(*) FROM t")).await.0, "TDCZ");
-    // In the middle of one, a fence ends it. (Postgres 15 decodes only once in a session.)
-    let mut wire = Wire::start(connect(&ebb).await, &startup(0, &[("replication", "database")])).await;
-    wire.ask(&query("CREATE_REPLICATION_SLOT again TEMPORARY LOGICAL test_decoding")).await;
-    wire.write(&query("START_REPLICATION SLOT again LOGICAL 0/0")).await;
-    assert_eq!(wire.read().await.0, b'W');
-    until("it is at work", || async { ebb.states().contains(&SessionState::Active) }).await;
-    ebb.handle.fence(BRANCH, Duration::from_millis(100), Unreplayable::End).await.unwrap();
-    ebb.handle.release(BRANCH);
-    let rest = tokio::time::timeout(PATIENCE, wire.rest()).await.expect("it ends");
-    assert!(rest.windows(8).any(|bytes| bytes == b"\0C57P01\0"), "it is told why");
+async fn a_stream_whose_history_is_gone_ends_with_the_reason() {
+    let ebb = replicating().await;
+    let writer = ebb.connect().await;
+    let mut follower = Follower::start(&ebb, "database", "START_REPLICATION SLOT s LOGICAL 0/0").await;
+    writer.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    follower.transaction().await;
+    ebb.suspend_when_idle().await;
+    // As after a restore: another cluster, which has neither the slot nor the WAL.
+    ebb.world.replace();
+    writer.batch_execute("SELECT 1").await.unwrap();
+    let words = follower.session.read_to_end().await;
+    assert_eq!(raw::code(&words), "08006");
+    assert!(String::from_utf8_lossy(&words).contains("history is another one"), "{words:?}");
 }

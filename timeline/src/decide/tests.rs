@@ -224,6 +224,8 @@ fn ask() -> impl Strategy<Value = Ask> {
             window_ms: None,
             durability: None,
             upkeep: UpkeepChange::default(),
+            pinned: None,
+            pool_size: None,
         }),
         (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
             branch,
@@ -231,6 +233,8 @@ fn ask() -> impl Strategy<Value = Ask> {
             window_ms: Some(ms),
             durability: None,
             upkeep: UpkeepChange::default(),
+            pinned: None,
+            pool_size: None,
         }),
     ]
 }

@@ -113,6 +113,8 @@ pub struct FoundEndpoint {
     pub branch: BranchId,
     /// The database meant where a client names none.
     pub default_database: String,
+    /// How many backends its clients in transaction mode share, if it has its own number.
+    pub pool_size: Option<u32>,
 }
 
 /// Who asks for an act.
@@ -156,8 +158,6 @@ pub struct Service {
     moving: Mutex<HashSet<ProjectId>>,
     secrets: SecretStore,
     artifacts: Artifacts,
-    /// What was recorded since then, this process has recorded.
-    opened_at: Timestamp,
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
@@ -193,6 +193,8 @@ struct Project {
     /// When it was last looked for what other nodes have recorded.
     looked_at: tokio::sync::Mutex<Option<Instant>>,
     ledger: Ledger<ProjectState>,
+    /// How many entries it had then. What came after, while this node was the owner, this process has recorded.
+    entries_when_opened: u64,
     cells: Mutex<HashMap<BranchId, Arc<Cell>>>,
     /// Operations that a task of this process carries out.
     driven: Mutex<HashSet<OperationId>>,
@@ -244,7 +246,6 @@ impl Service {
         nodes.renew().await?;
         nodes.look().await?;
         let catalog = Ledger::open(bucket.clone(), CATALOG, clock.clone()).await?;
-        let opened_at = clock.now();
         let service = Arc::new(Self {
             config,
             bucket,
@@ -258,7 +259,6 @@ impl Service {
             moving: Mutex::default(),
             secrets,
             artifacts,
-            opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
             looked_at: tokio::sync::Mutex::default(),
@@ -303,6 +303,7 @@ impl Service {
             term: AtomicU64::new(u64::MAX),
             claiming: tokio::sync::Mutex::default(),
             looked_at: tokio::sync::Mutex::default(),
+            entries_when_opened: ledger.entries().await,
             ledger,
             cells: Mutex::default(),
             driven: Mutex::default(),
@@ -324,8 +325,9 @@ impl Service {
     fn find_known(&self, endpoint: &EndpointName) -> Result<FoundEndpoint> {
         let at = endpoint.branch_ref();
         let project = self.project(at.project.as_str())?;
-        let (branch, _) = project.ledger.state().branch(at.branch.as_str()).map(|(id, found)| (id, found.line))?;
-        Ok(FoundEndpoint { branch, default_database: DATABASE.to_owned() })
+        let state = project.ledger.state();
+        let (branch, known) = state.branch(at.branch.as_str())?;
+        Ok(FoundEndpoint { branch, default_database: DATABASE.to_owned(), pool_size: known.pool_size })
     }
 
     /// The SCRAM-SHA-256 verifier of a role on a branch; `None` if it is unknown or may not log in.

@@ -55,6 +55,8 @@ impl Service {
             idle_suspend_seconds: self.idle_suspend(branch).as_secs_f64(),
             window_seconds: branch.window().as_secs_f64(),
             durability: branch.durability,
+            pinned: branch.pinned,
+            pool_size: branch.pool_size,
             upkeep: api::Upkeep::from(&branch.upkeep),
             window_from: branch.window_start(self.clock.now()),
             rescue_until: branch.rescue_until,
