@@ -10,8 +10,10 @@
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
-//!   rim:   proxy, login, session, relay, backend, cancel, tls
+//!          proxy_protocol
+//!   rim:   proxy, door (who comes in), login, session, relay, backend, cancel, tls, certificates
 //!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//!   shared by all: strangers (places of the unauthenticated), limits (rates)
 //! ```
 //!
 //! **Invariants**
@@ -19,18 +21,21 @@
 //! - A backend is exchanged only between two messages, with nothing under way (`conversation`).
 //! - Each session has one task; only it touches the two sockets. Others leave orders at its seat.
 //! - Memory per connection is bounded, whatever its client or its query does.
+//! - Those who have not logged in cannot take the places of those who have (`strangers`).
 //!
 //! **Crash**: nothing here is kept on disk but the certificate authority. If the proxy dies, all clients are cut off;
 //! Postgres rolls their open transactions back.
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, answering health pings, PROXY protocol, allow lists, given certificates.
+//! Deliberately absent: pooling, answering health pings, version 1 of the PROXY protocol, certificates instead of passwords.
 
 mod backend;
 mod branch;
 mod cancel;
+mod certificates;
 mod conversation;
+mod door;
 pub mod endpoints;
 mod errors;
 mod frame;
@@ -38,19 +43,23 @@ mod hibernate;
 mod limits;
 mod login;
 mod proxy;
+mod proxy_protocol;
 mod relay;
 mod scram;
 mod session;
 mod settings;
 mod startup;
+mod strangers;
 mod stream;
 mod tls;
 mod wire;
 
 pub use backend::connect as connect_socket;
+pub use certificates::GivenFiles;
 pub use endpoints::{
     Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
     Unreplayable,
 };
+pub use limits::{Per, Rate, Rates};
 pub use proxy::{Proxy, ProxyConfig, ProxyError};
 pub use tls::TlsError;

@@ -5,17 +5,21 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ebb_types::Point;
+use rustls::ServerConfig;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
+use crate::door;
 use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::proxy::Shared;
 use crate::scram::{self, Exchange, Failure, Verifier};
 use crate::startup::{PACKET_MAX, Packet, Place, Startup};
+use crate::strangers::Stranger;
 use crate::stream::ClientStream;
 use crate::wire::{Fields, cstr, message, read_message};
 
@@ -35,6 +39,8 @@ pub struct Login {
     pub endpoint: Endpoint,
     /// As whom.
     pub role: String,
+    /// From where.
+    pub peer: SocketAddr,
 }
 
 /// How a connection ends before there is a session.
@@ -56,17 +62,25 @@ impl From<io::Error> for Turned {
 ///
 /// # Errors
 /// How the connection ends instead.
-pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Result<Login, Turned> {
-    let (mut client, mut startup) = greet(shared, socket).await?;
-    let (sni, binding) = match &client {
-        ClientStream::Plain(_) => (None, None),
+pub async fn login(
+    shared: &Shared,
+    mut socket: TcpStream,
+    from: SocketAddr,
+    stranger: &mut Stranger,
+) -> Result<Login, Turned> {
+    let peer = door::introduce(shared, &mut socket, from, stranger).await.ok_or(Turned::Off)?;
+    let served = shared.certificates.served();
+    let (mut client, mut startup) = greet(shared, socket, &served.config).await?;
+    let (sni, binding, encrypted) = match &client {
+        ClientStream::Plain(_) => (None, None, false),
         ClientStream::Tls(stream) => {
             let sni = stream.get_ref().1.server_name();
-            (sni.map(str::to_owned), Some(shared.authority.channel_binding(sni)))
+            (sni.map(str::to_owned), served.channel_binding(sni), true)
         }
     };
     let result = async {
-        if binding.is_none() && !peer.ip().to_canonical().is_loopback() {
+        if !encrypted && !peer.is_local {
+            door::refused("tls_wanted");
             return Err(Said::tls_wanted().into());
         }
         negotiate(&mut client, &startup).await?;
@@ -75,7 +89,8 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         let mut endpoint = shared.endpoints.find(&endpoint).await.map_err(Said::from)?;
         startup.default_database(&endpoint.default_database);
         startup.fix_user(&role);
-        authenticate(shared, &mut client, peer, &endpoint, &role, binding.as_ref().map(|hash| &hash[..])).await?;
+        door::admit(shared, &client, peer, &endpoint, &role).await?;
+        authenticate(shared, &mut client, peer.address, &endpoint, &role, binding.as_deref()).await?;
         if point != Point::Head {
             // Whoever may not come in now may not come into the past either.
             endpoint.branch = shared.endpoints.visit(endpoint.branch, &point).await.map_err(Said::from)?;
@@ -83,7 +98,7 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         Ok((endpoint, role))
     };
     match result.await {
-        Ok((endpoint, role)) => Ok(Login { client, startup, endpoint, role }),
+        Ok((endpoint, role)) => Ok(Login { client, startup, endpoint, role, peer: peer.address }),
         Err(Refusal::Say(said)) => Err(Turned::Away(client, said)),
         Err(Refusal::HungUp) => Err(Turned::Off),
     }
@@ -110,7 +125,7 @@ impl From<io::Error> for Refusal {
 }
 
 /// Encryption requests, cancel requests, up to the start-up packet.
-async fn greet(shared: &Shared, socket: TcpStream) -> Result<(ClientStream, Startup), Turned> {
+async fn greet(shared: &Shared, socket: TcpStream, tls: &Arc<ServerConfig>) -> Result<(ClientStream, Startup), Turned> {
     let mut client = ClientStream::Plain(socket);
     let mut may_encrypt = true;
     let mut may_gss = true;
@@ -124,7 +139,7 @@ async fn greet(shared: &Shared, socket: TcpStream) -> Result<(ClientStream, Star
                 client.send(b"S").await?;
                 let ClientStream::Plain(socket) = client else { return Err(Turned::Off) };
                 // The request was read to its last byte and no further: nothing sent in the clear is taken for TLS.
-                client = ClientStream::Tls(Box::new(TlsAcceptor::from(shared.tls.clone()).accept(socket).await?));
+                client = ClientStream::Tls(Box::new(TlsAcceptor::from(tls.clone()).accept(socket).await?));
                 (may_encrypt, may_gss) = (false, false);
             }
             Ok(Packet::GssRequest) if may_gss => {
@@ -180,14 +195,18 @@ async fn authenticate(
     role: &str,
     channel: Option<&[u8]>,
 ) -> Result<(), Refusal> {
-    if let Some(wait) = shared.failed_logins.wait(peer.ip()) {
-        return Err(Said::too_many_failures(wait).into());
-    }
     let stored = shared.endpoints.verifier(endpoint.branch, role).await.map_err(Said::from)?;
-    let verifier = stored
-        .as_deref()
-        .and_then(Verifier::parse)
-        .unwrap_or_else(|| Verifier::mock(shared.authority.mock_secret(), &format!("{}\0{role}", endpoint.branch)));
+    let verifier = stored.as_deref().and_then(Verifier::parse).unwrap_or_else(|| {
+        if stored.is_some() {
+            // The client is told no more than anyone: the role exists.
+            door::refused("no_scram");
+            tracing::debug!(role, endpoint = %endpoint.name, "the role's password is not stored as SCRAM-SHA-256");
+        }
+        // Branches of a project have most roles in common, salts included: so does what only looks like one.
+        let who = format!("{}\0{role}", endpoint.name.branch_ref().project);
+        let secret = shared.endpoints.mock_secret();
+        Verifier::mock(secret.as_ref().map_or(shared.authority.mock_secret(), |secret| secret), &who)
+    });
 
     match exchange(client, verifier, channel).await? {
         Ok(last) => {
@@ -195,11 +214,12 @@ async fn authenticate(
             authentication(&mut out, 12, last.as_bytes());
             authentication(&mut out, 0, b"");
             client.send(&out).await?;
+            shared.limits.succeeded(peer.ip(), endpoint.branch);
             metrics::counter!("ebb_proxy_logins_total", "result" => "ok").increment(1);
             Ok(())
         }
         Err(Failure::WrongPassword) => {
-            shared.failed_logins.failed(peer.ip());
+            shared.limits.failed(peer.ip(), endpoint.branch);
             metrics::counter!("ebb_proxy_logins_total", "result" => "refused").increment(1);
             Err(Said::wrong_password(role).into())
         }

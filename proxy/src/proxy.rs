@@ -15,18 +15,22 @@ use async_trait::async_trait;
 use dashmap::DashMap;
 use ebb_types::BranchId;
 use ebb_types::Hint;
+use ipnet::IpNet;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::branch::{Branch, Order};
 use crate::cancel::CancelKeys;
+use crate::certificates::{Certificates, GivenFiles};
 use crate::endpoints::{Activity, Blocked, Endpoints, ProxyHandle, SessionInfo, Sessions, Unreplayable};
-use crate::limits::FailedLogins;
+use crate::limits::{Limits, Rates};
 use crate::session::{GaugeGuard, serve};
-use crate::tls::{Authority, TlsError, server_config};
+use crate::strangers::Strangers;
+use crate::tls::{Authority, TlsError};
 
 /// LIMIT: connections at once, far above what one machine's Postgres serves; more wait in the listen queue.
 const CONNECTIONS_MAX: usize = 60_000;
@@ -56,6 +60,20 @@ pub struct ProxyConfig {
     pub drain_deadline: Duration,
     /// Sessions one endpoint may hold, hibernated ones included. Default 10,000; then `53300`.
     pub sessions_per_endpoint_max: usize,
+    /// Sessions one role may hold at one endpoint, hibernated ones included. Default 10,000; then `53300`.
+    pub sessions_per_role_max: usize,
+    /// Connections that have not logged in yet. Default 10,000, far below what there is room for in all; then one of them,
+    /// drawn by lot, is cut for each that comes.
+    pub unauthenticated_max: usize,
+    /// … of one address (of IPv6: one network of 64 bits). Default 1,000; then `53300`.
+    pub unauthenticated_per_address_max: usize,
+    /// How often one may try to log in.
+    pub rates: Rates,
+    /// Load balancers, which must begin every connection by telling for whom they speak (PROXY protocol, version 2).
+    /// Default none.
+    pub proxy_protocol: Vec<IpNet>,
+    /// Certificates to use instead of the own authority's, and the authorities of clients'. Default neither.
+    pub files: GivenFiles,
 }
 
 impl ProxyConfig {
@@ -69,6 +87,12 @@ impl ProxyConfig {
             login_timeout: Duration::from_secs(15),
             drain_deadline: Duration::from_secs(5),
             sessions_per_endpoint_max: 10_000,
+            sessions_per_role_max: 10_000,
+            unauthenticated_max: 10_000,
+            unauthenticated_per_address_max: 1_000,
+            rates: Rates::default(),
+            proxy_protocol: Vec::new(),
+            files: GivenFiles::default(),
         }
     }
 }
@@ -97,6 +121,9 @@ impl Hint for ProxyError {
                 Some("Choose another address with --listen, or stop what listens there.".to_owned())
             }
             ProxyError::Listen { .. } => None,
+            ProxyError::Tls(TlsError::Given { .. }) => {
+                Some("Certificates and keys are given as PEM files that this server may read.".to_owned())
+            }
             ProxyError::Tls(_) => Some(
                 "Mend the permissions of the directory or restore its files; if it is deleted, a new authority is \
                  made, and clients that verify must be given its ca.pem."
@@ -120,9 +147,10 @@ pub struct Shared {
     pub config: ProxyConfig,
     pub endpoints: Arc<dyn Endpoints>,
     pub authority: Arc<Authority>,
-    pub tls: Arc<rustls::ServerConfig>,
+    pub certificates: Arc<Certificates>,
     pub keys: Arc<CancelKeys>,
-    pub failed_logins: FailedLogins,
+    pub limits: Limits,
+    pub strangers: Arc<Strangers>,
     /// Wakes, which outlive those who ask for them.
     pub tasks: TaskTracker,
     /// No new sessions: the proxy stops.
@@ -151,20 +179,21 @@ impl Proxy {
     /// Takes the address and reads, or makes, the certificate authority.
     ///
     /// # Errors
-    /// If the address cannot be had or the certificate authority cannot be read or written.
+    /// If the address cannot be had, or a file of a certificate, a key or an authority cannot be read, written or used.
     pub fn bind(config: ProxyConfig, endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
         let authority = Arc::new(Authority::open(&config.tls_dir, &config.domain)?);
-        let tls = server_config(authority.clone())?;
+        let certificates = Arc::new(Certificates::open(authority.clone(), config.files.clone())?);
         let unable = |source| ProxyError::Listen { addr: config.listen, source };
         let listener = listen(config.listen).map_err(unable)?;
         let addr = listener.local_addr().map_err(unable)?;
         let shared = Arc::new(Shared {
+            limits: Limits::new(&config.rates),
+            strangers: Strangers::new(config.unauthenticated_max, config.unauthenticated_per_address_max),
             config,
             endpoints,
             authority,
-            tls,
+            certificates,
             keys: Arc::default(),
-            failed_logins: FailedLogins::new(),
             tasks: TaskTracker::new(),
             shutdown: CancellationToken::new(),
             branches: DashMap::new(),
@@ -199,6 +228,8 @@ impl Proxy {
         let cut = CancellationToken::new();
         let _cut_on_drop = cut.clone().drop_guard();
         tracing::info!(%addr, "proxy listens");
+        let keeping = tokio::spawn(shared.certificates.clone().keep(shutdown.clone()));
+        let _keeping = AbortOnDrop(keeping);
         accept(&listener, &shared, &connections, &cut, &shutdown).await;
         drop(listener);
 
@@ -213,6 +244,15 @@ impl Proxy {
             cut.cancel();
             connections.wait().await;
         }
+    }
+}
+
+/// A task that ends with whoever began it.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -27,6 +27,7 @@ use crate::backend::{Backend, StartError, encoded, relayed_error};
 use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standing};
 use crate::cancel::{CancelTarget, IssuedKey};
 use crate::conversation::Conversation;
+use crate::door::{no_seat, refused};
 use crate::endpoints::{Awake, EndpointError, Unreplayable};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
@@ -51,23 +52,37 @@ const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, conn: u64) {
     let span = tracing::info_span!("connection", conn, %peer);
     async {
-        let admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer)).await;
+        let mut stranger = shared.strangers.enter();
+        let crowded_out = stranger.loss();
+        let admitted = tokio::select! {
+            admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer, &mut stranger)) => admitted,
+            () = crowded_out.notified() => {
+                tracing::debug!("connection made room for another one before it had logged in");
+                return;
+            }
+        };
         match admitted {
-            Ok(Ok(login)) => run(&shared, login, peer, conn).await,
+            Ok(Ok(login)) => {
+                drop(stranger);
+                run(&shared, login, conn).await;
+            }
             Ok(Err(Turned::Away(client, said))) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
                 client.goodbye(&encoded(&said)).await;
             }
             Ok(Err(Turned::Off)) => {}
-            Err(_) => tracing::debug!("login timed out"),
+            Err(_) => {
+                refused("login_timeout");
+                tracing::debug!("login timed out");
+            }
         }
     }
     .instrument(span)
     .await;
 }
 
-async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
-    let Login { client, startup, endpoint, role } = login;
+async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
+    let Login { client, startup, endpoint, role, peer } = login;
     let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
@@ -78,10 +93,13 @@ async fn run(shared: &Arc<Shared>, login: Login, peer: SocketAddr, conn: u64) {
     };
     let branch = shared.branch(endpoint.branch);
     let seat = Seat::new(sitter);
-    let limit = shared.config.sessions_per_endpoint_max;
-    let Some(membership) = branch.join(&seat, limit) else {
-        let said = Said::too_many_sessions(&endpoint.name.to_string(), limit);
-        return client.goodbye(&encoded(&said)).await;
+    let (most, most_of_role) = (shared.config.sessions_per_endpoint_max, shared.config.sessions_per_role_max);
+    let membership = match branch.join(&seat, most, most_of_role) {
+        Ok(membership) => membership,
+        Err(full) => {
+            let said = no_seat(full, shared, &endpoint, &seat.sitter.role);
+            return client.goodbye(&encoded(&said)).await;
+        }
     };
     tracing::debug!(branch = %endpoint.branch, "client logged in");
     let session = Session {

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod connect;
+mod crowd;
+mod door;
 mod fence;
 mod harness;
 mod hibernate;
