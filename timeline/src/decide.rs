@@ -5,7 +5,9 @@
 
 use ebb_compute::control::Durability;
 use ebb_compute::import::DumpFormat;
-use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
+use ebb_types::{
+    AllowList, BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp,
+};
 
 use crate::api::types::{Parent, SetAside};
 use crate::drill::{Drilled, Probe};
@@ -61,6 +63,8 @@ pub enum Ask {
         durability: Option<Durability>,
         /// What is done for it by itself.
         upkeep: UpkeepChange,
+        /// From where clients may connect; `None`: as it is.
+        allow: Option<AllowList>,
     },
     /// A branch less.
     DeleteBranch {
@@ -311,8 +315,8 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
             Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, .. } => {
-            if let Some(fault) = upkeep.fault() {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, allow, .. } => {
+            if let Some(fault) = upkeep.fault().or_else(|| allow.as_ref()?.fault()) {
                 return Err(Refusal::Invalid(fault));
             }
             if idle_suspend_ms.is_some_and(|ms| !(IDLE_SUSPEND_MIN_MS..=IDLE_SUSPEND_MAX_MS).contains(&ms)) {
@@ -605,10 +609,13 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 rescue_until: None,
             })
         }
-        (Plan::ChangeBranch { branch }, Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, .. }) => {
+        (
+            Plan::ChangeBranch { branch },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, allow, .. },
+        ) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep) = (*branch, upkeep.clone());
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep });
+            let (branch, upkeep, allow) = (*branch, upkeep.clone(), allow.clone());
+            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, allow });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

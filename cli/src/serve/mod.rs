@@ -6,6 +6,7 @@
 //!
 //! **Crash.** A killed server leaves its units running and its lock free; the next start adopts them.
 
+pub mod access;
 mod adapters;
 mod checks;
 mod config;
@@ -202,9 +203,10 @@ fn report_join(part: &'static str, ended: Result<(), tokio::task::JoinError>) {
 fn bind_proxy(settings: &Settings, endpoints: Arc<ServiceEndpoints>) -> Result<Proxy, Failure> {
     let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
     config.domain.clone_from(&settings.domain);
+    settings.access.apply(&mut config);
     Proxy::bind(config, endpoints).map_err(|error| {
-        Failure::internal("cannot start the proxy", &error)
-            .hint("Is another server on that port? --listen names another one.")
+        let failure = Failure::internal("cannot start the proxy", &error);
+        Failure { hint: error.hint(), ..failure }
     })
 }
 
@@ -235,7 +237,8 @@ fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, F
         proxy_public_host: settings.public_host.clone(),
         proxy_public_port: proxy.local_addr().port(),
         proxy_domain: settings.domain.clone(),
-        ca_pem: Some(proxy.ca_pem_path().to_owned()),
+        // A certificate that was given is of an authority that clients know, or were told of by whoever gave it.
+        ca_pem: settings.access.tls_cert.is_none().then(|| proxy.ca_pem_path().to_owned()),
         min_free_bytes: settings.min_free_bytes,
         node_name: settings.node_name.clone(),
         node_ttl: settings.node_ttl,

@@ -98,7 +98,8 @@ impl Service {
             self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
         }
         let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
-        let ask = Ask::ChangeBranch { branch: branch.to_owned(), idle_suspend_ms, window_ms, durability, upkeep };
+        let (branch_name, allow) = (branch.to_owned(), request.allow);
+        let ask = Ask::ChangeBranch { branch: branch_name, idle_suspend_ms, window_ms, durability, upkeep, allow };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;
