@@ -3,7 +3,7 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, flood, commit, backup
 //! ```
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
@@ -14,6 +14,7 @@ mod branch;
 mod cold;
 mod commit;
 mod depth;
+mod flood;
 mod many;
 mod native;
 mod node;
@@ -79,6 +80,8 @@ enum Bench {
     Volume,
     /// pgbench through the proxy against PgBouncer.
     Proxy,
+    /// pgbench and logins through the proxy beside a flood of strangers.
+    Flood,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
     Commit,
     /// Restores, and what thirty days weigh, against pgBackRest.
@@ -113,6 +116,9 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Proxy) {
         proxy::run(&cli.common)?;
+    }
+    if is(Bench::Flood) {
+        flood::run(&cli.common)?;
     }
     if is(Bench::Commit) {
         commit::run(&cli.common)?;

@@ -117,6 +117,12 @@ impl Node {
         self
     }
 
+    /// Adds an argument of `ebb serve`.
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+
     /// Sets an environment variable of the server.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.envs.push((name.to_owned(), value.to_owned()));
