@@ -30,5 +30,6 @@ test: ## Run every test: unit, integration against real PostgreSQL, end to end
 
 bench: ## Measure Ebb against its peers; prints ratios
 	scripts/setup bench
-	cargo build --release -p ebb-cli -p ebb-benches
+	cargo build --release -p ebb-cli -p ebb-benches -p ebb-proxy-bench
 	$(SUDO) $(TARGET)/release/ebb-bench all
+	$(SUDO) $(TARGET)/release/ebb-proxy-bench all

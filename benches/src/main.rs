@@ -3,8 +3,10 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, proxy, flood, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, flood, commit, backup
 //! ```
+//!
+//! The proxy has a bench of its own (`benches/proxy`).
 //!
 //! Machines are noisy, so absolute times mean little: rounds of Ebb and of its peer alternate, and the ratio of their
 //! medians is the result. Every bench says which question it answers and what was expected beforehand.
@@ -19,7 +21,6 @@ mod many;
 mod native;
 mod node;
 mod pgbench;
-mod proxy;
 mod rival;
 mod stats;
 mod volume;
@@ -78,8 +79,6 @@ enum Bench {
     Many,
     /// pgbench on a volume against native ext4.
     Volume,
-    /// pgbench through the proxy against PgBouncer.
-    Proxy,
     /// pgbench and logins through the proxy beside a flood of strangers.
     Flood,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
@@ -113,9 +112,6 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Volume) {
         volume::run(&cli.common)?;
-    }
-    if is(Bench::Proxy) {
-        proxy::run(&cli.common)?;
     }
     if is(Bench::Flood) {
         flood::run(&cli.common)?;

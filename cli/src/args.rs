@@ -154,6 +154,12 @@ Examples:
   ebb diff shop/prod@v1 shop/pr-42 --table items --samples 10
   ebb diff shop/prod@2026-11-21T06:00:00Z shop/prod@2026-11-21T07:00:00Z --json")]
     Diff(DiffArgs),
+    /// List who is connected to a branch, on whatever node, and who of them keeps it awake
+    #[command(after_help = "Examples:\n  ebb who shop/prod\n  ebb who shop/prod --json")]
+    Who {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+    },
     /// Tell what keeps an object of the bucket, or which rule lets it go
     #[command(after_help = "\
 Examples:
@@ -337,6 +343,9 @@ pub struct ServeArgs {
     /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
     #[arg(long, value_name = "TIME")]
     pub idle_suspend: Option<String>,
+    /// Log what a client waited for, if it waited for its compute for longer than this [default: 2s]
+    #[arg(long, value_name = "TIME")]
+    pub slow_wake: Option<String>,
     /// Bytes that must stay free on the disk of DATA; work is refused below [default: 64 MiB]
     #[arg(long, value_name = "N", env = "EBB_MIN_FREE_BYTES", hide_env_values = true)]
     pub min_free_bytes: Option<u64>,
@@ -360,6 +369,10 @@ pub struct ServeArgs {
     /// Settings in a TOML file; options given here win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Follow the server that runs on the data directory: it hands its ports over, ends its clients' transactions and exits;
+    /// nobody who connects meanwhile is refused, and computes go on. Starts as usual if none runs
+    #[arg(long)]
+    pub take_over: bool,
     /// Make this project at start if there is none at all, and print URLs ready to paste
     #[arg(long, value_name = "NAME")]
     pub first_project: Option<ProjectName>,

@@ -6,10 +6,10 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
 
 use crate::errors::Said;
 use crate::startup::CancelKey;
+use crate::unix::UnixStream;
 use crate::wire::{Fields, error_field, message, read_message};
 
 /// LIMIT: `sockaddr_un.sun_path` has 108 bytes with its zero (unix(7)).
@@ -57,9 +57,9 @@ impl From<io::Error> for StartError {
 ///
 /// # Errors
 /// If nobody listens there.
-pub async fn connect(socket: &Path) -> io::Result<UnixStream> {
+pub async fn connect(socket: &Path) -> io::Result<tokio::net::UnixStream> {
     if socket.as_os_str().len() <= SUN_PATH_MAX {
-        return UnixStream::connect(socket).await;
+        return tokio::net::UnixStream::connect(socket).await;
     }
     let (Some(dir), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -67,7 +67,7 @@ pub async fn connect(socket: &Path) -> io::Result<UnixStream> {
     // The directory is reached by its descriptor instead of its name (proc(5), /proc/pid/fd).
     let dir = File::open(dir)?;
     let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
-    UnixStream::connect(short).await
+    tokio::net::UnixStream::connect(short).await
 }
 
 impl Backend {
@@ -78,7 +78,7 @@ impl Backend {
     /// If no backend became ready.
     pub async fn start(socket: &Path, startup: &[u8]) -> Result<Self, StartError> {
         let mut backend = Self {
-            stream: connect(socket).await?,
+            stream: UnixStream::from_std(connect(socket).await?.into_std()?)?,
             key: CancelKey { id: 0, secret: 0 },
             parameters: Vec::new(),
             notices: Vec::new(),

@@ -38,7 +38,9 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::cancel::CancelTarget;
-use crate::endpoints::{Activity, Awake, Blocked, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable};
+use crate::endpoints::{
+    Activity, Awake, Blocked, Census, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable,
+};
 
 /// LIMIT: detaching is a `Terminate` and a close; what takes longer is stuck.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,6 +105,8 @@ pub struct Seat {
     /// The clock all times of this seat count from.
     made: Instant,
     doing: AtomicU8,
+    /// Whether the client has come to the end of a transaction.
+    served: AtomicBool,
     /// Nanoseconds after `made`: since when it does that.
     since: AtomicU64,
     /// Nanoseconds after `made`: when the client's last work ended.
@@ -131,6 +135,7 @@ impl Seat {
             sitter,
             made: Instant::now(),
             doing: AtomicU8::new(Doing::Waiting as u8),
+            served: AtomicBool::new(false),
             since: AtomicU64::new(0),
             worked: AtomicU64::new(0),
             attention: AtomicBool::new(false),
@@ -153,6 +158,9 @@ impl Seat {
         let before = self.doing();
         if matches!(before, Doing::Active | Doing::Waiting) {
             self.worked.store(now, Ordering::Relaxed);
+        }
+        if before == Doing::Active {
+            self.served.store(true, Ordering::Relaxed);
         }
         self.since.store(now, Ordering::Relaxed);
         self.doing.store(doing as u8, Ordering::Relaxed);
@@ -219,6 +227,17 @@ impl Seat {
         match self.doing() {
             Doing::Active | Doing::Waiting => Instant::now(),
             Doing::Idle | Doing::Hibernated => self.after(&self.worked),
+        }
+    }
+
+    /// Whether the client has only just come, and is about to ask for something: it waits for its compute, or has had one
+    /// for less than `patience`, and has not been answered yet.
+    fn is_new(&self, patience: Duration) -> bool {
+        match self.doing() {
+            _ if self.served.load(Ordering::Relaxed) => false,
+            Doing::Waiting => true,
+            Doing::Idle => self.after(&self.since).elapsed() < patience,
+            Doing::Active | Doing::Hibernated => false,
         }
     }
 
@@ -292,6 +311,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Branch {
     id: BranchId,
+    endpoints: Arc<dyn Endpoints>,
     inner: Mutex<Inner>,
     /// A session's standing changed, or one left.
     settled: Notify,
@@ -300,9 +320,10 @@ pub struct Branch {
 
 impl Branch {
     /// A branch nobody is connected to.
-    pub fn new(id: BranchId) -> Arc<Self> {
+    pub fn new(id: BranchId, endpoints: Arc<dyn Endpoints>) -> Arc<Self> {
         Arc::new(Self {
             id,
+            endpoints,
             inner: Mutex::new(Inner {
                 gate: Gate::Open,
                 seats: HashMap::new(),
@@ -334,6 +355,12 @@ impl Branch {
         Ok(Membership { branch: self.clone(), conn: seat.sitter.conn })
     }
 
+    /// See [`Endpoints::may_answer`].
+    #[inline]
+    pub fn may_answer(&self) -> bool {
+        self.endpoints.may_answer()
+    }
+
     /// Where the gate stands.
     pub fn gate(&self) -> Gate {
         self.inner.lock().gate
@@ -356,11 +383,7 @@ impl Branch {
     }
 
     /// The compute, woken if need be. All who ask while a wake is in flight share its result. Cancel-safe.
-    pub async fn wake(
-        self: &Arc<Self>,
-        endpoints: &Arc<dyn Endpoints>,
-        tasks: &TaskTracker,
-    ) -> Result<Awake, EndpointError> {
+    pub async fn wake(self: &Arc<Self>, tasks: &TaskTracker) -> Result<Awake, EndpointError> {
         let waking = {
             let mut inner = self.inner.lock();
             if let Some(awake) = &inner.awake {
@@ -369,7 +392,7 @@ impl Branch {
             match &inner.waking {
                 Some(waking) => waking.clone(),
                 None => {
-                    let waking = self.spawn_wake(endpoints.clone(), tasks);
+                    let waking = self.spawn_wake(tasks);
                     inner.waking = Some(waking.clone());
                     waking
                 }
@@ -379,11 +402,11 @@ impl Branch {
     }
 
     /// The wake runs in a task of its own: that all askers leave must not let a second one begin beside it.
-    fn spawn_wake(self: &Arc<Self>, endpoints: Arc<dyn Endpoints>, tasks: &TaskTracker) -> Waking {
+    fn spawn_wake(self: &Arc<Self>, tasks: &TaskTracker) -> Waking {
         let branch = self.clone();
         let task = tasks.spawn(async move {
             let begun = Instant::now();
-            let result = endpoints.wake(branch.id).await;
+            let result = branch.endpoints.wake(branch.id).await;
             metrics::histogram!("ebb_proxy_wake_wait_seconds").record(begun.elapsed().as_secs_f64());
             let outcome = if result.is_ok() { "ok" } else { "error" };
             metrics::counter!("ebb_proxy_wakes_total", "result" => outcome).increment(1);
@@ -424,6 +447,24 @@ impl Branch {
         let worked = inner.seats.values().map(|(seat, _)| seat.last_worked()).chain(inner.last_left).max();
         let busy = inner.seats.values().filter(|(seat, _)| matches!(seat.doing(), Doing::Active | Doing::Waiting));
         Activity { idle_for: worked.map(|at| at.elapsed()), busy: busy.count(), sessions: inner.seats.len() }
+    }
+
+    /// How many sessions there are, and how many of them have only just come.
+    pub fn newcomers(&self, patience: Duration) -> (usize, usize) {
+        let inner = self.inner.lock();
+        (inner.seats.len(), inner.seats.values().filter(|(seat, _)| seat.is_new(patience)).count())
+    }
+
+    /// Adds its sessions to a count.
+    pub fn count(&self, census: &mut Census) {
+        for (seat, _) in self.inner.lock().seats.values() {
+            *match seat.doing() {
+                Doing::Waiting => &mut census.waiting,
+                Doing::Active => &mut census.active,
+                Doing::Idle => &mut census.idle,
+                Doing::Hibernated => &mut census.hibernated,
+            } += 1;
+        }
     }
 
     /// Whether nobody is connected.

@@ -20,6 +20,7 @@ use crate::certificates::common_name;
 use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::limits::Hit;
+use crate::login::Turned;
 use crate::proxy::Shared;
 use crate::proxy_protocol::{self, Parsed, Source};
 use crate::strangers::Stranger;
@@ -40,31 +41,34 @@ pub fn refused(kind: &'static str) {
     metrics::counter!("ebb_proxy_refusals_total", "kind" => kind).increment(1);
 }
 
-/// Learns where a client is, and whether its address may go on. `None`: it was told why not, or has gone.
+/// Learns where a client is, and whether its address may go on.
+///
+/// # Errors
+/// It was told why not, or has gone.
 pub async fn introduce(
     shared: &Shared,
     socket: &mut TcpStream,
     from: SocketAddr,
     stranger: &mut Stranger,
-) -> Option<Peer> {
+) -> Result<Peer, Turned> {
     let from = SocketAddr::new(from.ip().to_canonical(), from.port());
     let peer = if speaks_for_others(&shared.config.proxy_protocol, from) {
-        match read_header(socket).await.ok()? {
+        match read_header(socket).await? {
             Ok(Source::Local) => Peer { address: from, is_local: from.ip().is_loopback() },
             Ok(Source::Unknown) => Peer { address: from, is_local: false },
             Ok(Source::Client(address)) => Peer { address, is_local: false },
-            Err(malformed) => return turn_away(socket, "proxy_header", &Said::no_proxy_header(malformed)),
+            Err(malformed) => return Err(turn_away(socket, "proxy_header", &Said::no_proxy_header(malformed))),
         }
     } else {
         Peer { address: from, is_local: from.ip().is_loopback() }
     };
     if let Err(limit) = stranger.sit(peer.address.ip()) {
-        return turn_away(socket, "address_places", &Said::too_many_strangers(limit));
+        return Err(turn_away(socket, "address_places", &Said::too_many_strangers(limit)));
     }
     if let Err((hit, wait)) = shared.limits.connected(peer.address.ip()) {
-        return turn_away(socket, hit.kind(), &Said::too_many_from_address(wait));
+        return Err(turn_away(socket, hit.kind(), &Said::too_many_from_address(wait)));
     }
-    Some(peer)
+    Ok(peer)
 }
 
 fn speaks_for_others(trusted: &[IpNet], from: SocketAddr) -> bool {
@@ -88,7 +92,7 @@ async fn read_header(socket: &mut TcpStream) -> std::io::Result<Result<Source, p
 }
 
 /// Says why and hangs up, waiting for nothing.
-fn turn_away(socket: &TcpStream, kind: &'static str, said: &Said) -> Option<Peer> {
+fn turn_away(socket: &TcpStream, kind: &'static str, said: &Said) -> Turned {
     refused(kind);
     tracing::debug!(kind, sqlstate = said.sqlstate(), "connection turned away at the door");
     // Nothing was sent before: it fits. What was sent by the client already is taken from the system, which would
@@ -96,7 +100,7 @@ fn turn_away(socket: &TcpStream, kind: &'static str, said: &Said) -> Option<Peer
     let _ = socket.try_write(&encoded(said));
     let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
     let _ = socket.try_read(&mut [0; 512]);
-    None
+    Turned::Told(said.sqlstate())
 }
 
 /// Whether a client may try to log in at an endpoint, from where it is and with what it has shown.

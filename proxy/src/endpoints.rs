@@ -17,16 +17,11 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError>;
 
     /// From where clients may connect to a branch. Never wakes anything; cheap enough for every unauthenticated connection.
-    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError> {
-        let _ = branch;
-        Ok(AllowList::default())
-    }
+    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError>;
 
     /// What the salts of unknown roles are made from: secret, and the same wherever and whenever a client may ask, so that
     /// they look like stored ones. `None`: a secret of this proxy's own.
-    fn mock_secret(&self) -> Option<[u8; 32]> {
-        None
-    }
+    fn mock_secret(&self) -> Option<[u8; 32]>;
 
     /// The stored SCRAM-SHA-256 verifier of a role (in the text form of `pg_authid.rolpassword`), or `None` if the
     /// role is unknown or may not log in. Another text (`md5`) is a password that no client can prove here. Never wakes
@@ -36,6 +31,12 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
     /// Names a visit to a moment of a branch: what is woken, listed and left under this identifier is a read-only image of
     /// that moment. All who visit the same moment get the same. Only called for authenticated clients; makes nothing yet.
     async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError>;
+
+    /// Whether what backends have said by now may be told to clients. Asked for every read of a backend's bytes, after it;
+    /// if not, the session ends with `08006`, because its backend may not be the branch's any more. Must be cheap.
+    fn may_answer(&self) -> bool {
+        true
+    }
 
     /// Makes the branch's compute answer, waking it if need be. May be called by many at once: one wake results.
     /// Only called for authenticated clients. Cancel-safe: a wake once begun goes on.
@@ -127,6 +128,30 @@ pub struct Activity {
     pub sessions: usize,
 }
 
+/// How many sessions there are, by what they do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Held while their computes wake or their endpoints are fenced.
+    pub waiting: usize,
+    /// In a query or a transaction.
+    pub active: usize,
+    /// Attached, between transactions.
+    pub idle: usize,
+    /// Detached, their state kept.
+    pub hibernated: usize,
+}
+
+impl Census {
+    /// Shows it as metrics.
+    pub fn publish(&self) {
+        let Self { waiting, active, idle, hibernated } = *self;
+        let states = [("waiting", waiting), ("active", active), ("idle", idle), ("hibernated", hibernated)];
+        for (state, count) in states {
+            metrics::gauge!("ebb_proxy_sessions", "state" => state).set(count as f64);
+        }
+    }
+}
+
 /// What to do with sessions that cannot be hibernated when an endpoint is fenced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreplayable {
@@ -150,6 +175,9 @@ pub trait Sessions: Debug + Send + Sync + 'static {
 
     /// All sessions of this branch.
     fn sessions(&self, branch: BranchId) -> Vec<SessionInfo>;
+
+    /// How many sessions of all branches do what.
+    fn census(&self) -> Census;
 
     /// Holds new work of a branch and detaches every session from its backend, keeping its state here.
     /// When it returns `Ok`, no session holds a backend, and none will ask for a wake until [`Sessions::release`].

@@ -17,9 +17,9 @@ use std::fmt::Write as _;
 use std::io;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
 
 use crate::conversation::{Conversation, Parameter};
+use crate::unix::UnixStream;
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
 /// The name of the proxy's own statements; no driver uses it.
@@ -152,7 +152,7 @@ impl From<io::Error> for ReplayError {
 pub async fn replay(backend: &mut UnixStream, kept: &Kept) -> Result<Replayed, ReplayError> {
     let (bytes, parts) = kept.replay_messages();
     let mut replayed = Replayed::default();
-    let (mut reader, mut writer) = backend.split();
+    let (mut reader, mut writer) = tokio::io::split(backend);
     // Both at once: with thousands of statements, neither side's socket buffer holds all.
     let reading = async {
         let mut body = Vec::new();

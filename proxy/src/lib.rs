@@ -39,7 +39,9 @@ mod door;
 pub mod endpoints;
 mod errors;
 mod frame;
+mod haste;
 mod hibernate;
+mod lanes;
 mod limits;
 mod login;
 mod proxy;
@@ -52,13 +54,15 @@ mod startup;
 mod strangers;
 mod stream;
 mod tls;
+mod unix;
+mod waits;
 mod wire;
 
 pub use backend::connect as connect_socket;
 pub use certificates::GivenFiles;
 pub use endpoints::{
-    Activity, Awake, Blocked, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Sessions,
-    Unreplayable,
+    Activity, Awake, Blocked, Census, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState,
+    Sessions, Unreplayable,
 };
 pub use limits::{Per, Rate, Rates};
 pub use proxy::{Proxy, ProxyConfig, ProxyError};

@@ -12,6 +12,7 @@ use rustls::ServerConfig;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::door;
 use crate::endpoints::Endpoint;
@@ -48,6 +49,8 @@ pub struct Login {
 pub enum Turned {
     /// Told why.
     Away(ClientStream, Said),
+    /// Told why, with this SQLSTATE, and cut, at the door.
+    Told(&'static str),
     /// Nothing is to be said: it hung up, or only wanted to cancel.
     Off,
 }
@@ -68,7 +71,7 @@ pub async fn login(
     from: SocketAddr,
     stranger: &mut Stranger,
 ) -> Result<Login, Turned> {
-    let peer = door::introduce(shared, &mut socket, from, stranger).await.ok_or(Turned::Off)?;
+    let peer = door::introduce(shared, &mut socket, from, stranger).await?;
     let served = shared.certificates.served();
     let (mut client, mut startup) = greet(shared, socket, &served.config).await?;
     let (sni, binding, encrypted) = match &client {
@@ -139,7 +142,9 @@ async fn greet(shared: &Shared, socket: TcpStream, tls: &Arc<ServerConfig>) -> R
                 client.send(b"S").await?;
                 let ClientStream::Plain(socket) = client else { return Err(Turned::Off) };
                 // The request was read to its last byte and no further: nothing sent in the clear is taken for TLS.
-                client = ClientStream::Tls(Box::new(TlsAcceptor::from(tls.clone()).accept(socket).await?));
+                let handshake = shared.home.spawn(TlsAcceptor::from(tls.clone()).accept(socket));
+                let ended = AbortOnDropHandle::new(handshake).await.map_err(io::Error::other)?;
+                client = ClientStream::Tls(Box::new(ended?));
                 (may_encrypt, may_gss) = (false, false);
             }
             Ok(Packet::GssRequest) if may_gss => {

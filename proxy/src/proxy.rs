@@ -1,8 +1,11 @@
 //! The listening proxy: binds, accepts, drains.
 //!
-//! **Cancellation**: [`Proxy::run`] is ended by its token, in this order: no new connections; idle sessions end with
-//! `57P01`, active ones when their transaction does; at the drain deadline all others end. Dropping it instead cuts
-//! everyone off.
+//! **Cancellation**: [`Proxy::run`] is ended by its token, in this order: no new connections; those that have only just
+//! come are served; idle sessions end with `57P01`, active ones when their transaction does; at the drain deadline all
+//! others end. Dropping it instead cuts everyone off.
+//!
+//! The listener may be shared with the process that follows ([`Proxy::share_listener`], [`Proxy::over`]): whoever
+//! connects between this proxy's last `accept` and the next one's first waits in its queue, and is never refused.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -17,16 +20,17 @@ use ebb_types::BranchId;
 use ebb_types::Hint;
 use ipnet::IpNet;
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::branch::{Branch, Order};
 use crate::cancel::CancelKeys;
 use crate::certificates::{Certificates, GivenFiles};
-use crate::endpoints::{Activity, Blocked, Endpoints, ProxyHandle, SessionInfo, Sessions, Unreplayable};
+use crate::endpoints::{Activity, Blocked, Census, Endpoints, ProxyHandle, SessionInfo, Sessions, Unreplayable};
+use crate::lanes::{Elsewhere, Lanes};
 use crate::limits::{Limits, Rates};
 use crate::session::{GaugeGuard, serve};
 use crate::strangers::Strangers;
@@ -34,10 +38,15 @@ use crate::tls::{Authority, TlsError};
 
 /// LIMIT: connections at once, far above what one machine's Postgres serves; more wait in the listen queue.
 const CONNECTIONS_MAX: usize = 60_000;
-/// LIMIT: the kernel's queue of connections not yet accepted; a thousand clients may come at once.
-const BACKLOG: i32 = 4096;
+/// LIMIT: the kernel's queue of connections not yet accepted, which it bounds itself (`somaxconn`, 4,096): thousands may
+/// come at once, or wait for the next process.
+const BACKLOG: i32 = 65_535;
 /// When the system has no descriptor or memory for a connection, it is asked again after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// A client that has connected and asks for nothing for so long is not about to; it may be told to come back.
+const NEWCOMER_PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is looked whether there are any left.
+const NEWCOMERS_EVERY: Duration = Duration::from_millis(10);
 /// LIMIT: after the drain deadline, how long last words may take.
 const DRAIN_GRACE: Duration = Duration::from_secs(2);
 /// Idle connections are probed after this, so that a client that vanished does not hold its seat for ever.
@@ -74,6 +83,10 @@ pub struct ProxyConfig {
     pub proxy_protocol: Vec<IpNet>,
     /// Certificates to use instead of the own authority's, and the authorities of clients'. Default neither.
     pub files: GivenFiles,
+    /// A client that waits for longer is written to the log, with what it waited for. Default 2 s.
+    pub slow_wake: Duration,
+    /// Threads that carry the sessions. Default: one for four processors; they are shared with whatever else runs here.
+    pub lanes: usize,
 }
 
 impl ProxyConfig {
@@ -93,6 +106,8 @@ impl ProxyConfig {
             rates: Rates::default(),
             proxy_protocol: Vec::new(),
             files: GivenFiles::default(),
+            slow_wake: Duration::from_secs(2),
+            lanes: Lanes::usual(),
         }
     }
 }
@@ -109,6 +124,9 @@ pub enum ProxyError {
         #[source]
         source: io::Error,
     },
+    /// The system has no threads left.
+    #[error("proxy cannot start its threads")]
+    Threads(#[source] io::Error),
     /// There is no certificate authority to encrypt with.
     #[error("proxy cannot set up TLS")]
     Tls(#[from] TlsError),
@@ -120,7 +138,7 @@ impl Hint for ProxyError {
             ProxyError::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 Some("Choose another address with --listen, or stop what listens there.".to_owned())
             }
-            ProxyError::Listen { .. } => None,
+            ProxyError::Listen { .. } | ProxyError::Threads(_) => None,
             ProxyError::Tls(TlsError::Given { .. }) => {
                 Some("Certificates and keys are given as PEM files that this server may read.".to_owned())
             }
@@ -138,6 +156,7 @@ impl Hint for ProxyError {
 pub struct Proxy {
     listener: TcpListener,
     addr: SocketAddr,
+    lanes: Lanes,
     shared: Arc<Shared>,
 }
 
@@ -151,6 +170,8 @@ pub struct Shared {
     pub keys: Arc<CancelKeys>,
     pub limits: Limits,
     pub strangers: Arc<Strangers>,
+    /// Where handshakes are made: strangers' arithmetic must not hold up the sessions on the lanes.
+    pub home: Handle,
     /// Wakes, which outlive those who ask for them.
     pub tasks: TaskTracker,
     /// No new sessions: the proxy stops.
@@ -161,11 +182,22 @@ pub struct Shared {
 impl Shared {
     /// The sessions of a branch that has, or is about to have, some.
     pub fn branch(&self, id: BranchId) -> Arc<Branch> {
-        self.branches.entry(id).or_insert_with(|| Branch::new(id)).clone()
+        self.branches.entry(id).or_insert_with(|| Branch::new(id, self.endpoints.clone())).clone()
     }
 
     fn known_branch(&self, id: BranchId) -> Option<Arc<Branch>> {
         self.branches.get(&id).map(|branch| branch.clone())
+    }
+
+    /// Whether any of so many connections logs in, or has only just done so.
+    fn has_newcomers(&self, connections: usize) -> bool {
+        let (mut sessions, mut new) = (0, 0);
+        for branch in &self.branches {
+            let counted = branch.newcomers(NEWCOMER_PATIENCE);
+            sessions += counted.0;
+            new += counted.1;
+        }
+        new > 0 || sessions < connections
     }
 
     fn order_all(&self, order: Order) {
@@ -176,34 +208,59 @@ impl Shared {
 }
 
 impl Proxy {
-    /// Takes the address and reads, or makes, the certificate authority.
+    /// Takes the address and reads, or makes, the certificate authority. The endpoints are asked in the current runtime.
     ///
     /// # Errors
-    /// If the address cannot be had, or a file of a certificate, a key or an authority cannot be read, written or used.
+    /// If the address cannot be had, a file of a certificate, a key or an authority cannot be read, written or used, or
+    /// there are no threads.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn bind(config: ProxyConfig, endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
+        let listener = listen(config.listen).map_err(|source| ProxyError::Listen { addr: config.listen, source })?;
+        Self::over(listener, config, endpoints)
+    }
+
+    /// Takes over a listener that does not block, whatever `config.listen` says. As [`Proxy::bind`] otherwise.
+    ///
+    /// # Errors
+    /// As [`Proxy::bind`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn over(listener: TcpListener, config: ProxyConfig, endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
         let authority = Arc::new(Authority::open(&config.tls_dir, &config.domain)?);
         let certificates = Arc::new(Certificates::open(authority.clone(), config.files.clone())?);
         let unable = |source| ProxyError::Listen { addr: config.listen, source };
-        let listener = listen(config.listen).map_err(unable)?;
         let addr = listener.local_addr().map_err(unable)?;
+        let lanes = Lanes::start(config.lanes).map_err(ProxyError::Threads)?;
         let shared = Arc::new(Shared {
             limits: Limits::new(&config.rates),
             strangers: Strangers::new(config.unauthenticated_max, config.unauthenticated_per_address_max),
             config,
-            endpoints,
+            endpoints: Elsewhere::new(endpoints),
             authority,
             certificates,
             keys: Arc::default(),
+            home: Handle::current(),
             tasks: TaskTracker::new(),
             shutdown: CancellationToken::new(),
             branches: DashMap::new(),
         });
-        Ok(Self { listener, addr, shared })
+        Ok(Self { listener, addr, lanes, shared })
     }
 
     /// What the proxy offers to whoever runs computes.
     pub fn handle(&self) -> ProxyHandle {
         self.shared.clone()
+    }
+
+    /// The listener, for another process to take over: it goes on listening when this proxy stops.
+    ///
+    /// # Errors
+    /// If the system has no descriptors left.
+    pub fn share_listener(&self) -> io::Result<TcpListener> {
+        self.listener.try_clone()
     }
 
     /// The address clients reach.
@@ -216,12 +273,12 @@ impl Proxy {
         self.shared.authority.ca_pem_path()
     }
 
-    /// Serves until cancelled, then drains: idle clients get `57P01`, active ones the drain deadline.
+    /// Serves until cancelled, then drains: newcomers are served, idle clients get `57P01`, active ones the drain deadline.
     ///
     /// # Panics
     /// Outside a tokio runtime with I/O and time.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Self { listener, addr, shared } = self;
+        let Self { listener, addr, lanes, shared } = self;
         let listener = tokio::net::TcpListener::from_std(listener).expect("the listener is open and non-blocking");
         let connections = TaskTracker::new();
         // Cut in the end, whatever they are doing.
@@ -229,15 +286,21 @@ impl Proxy {
         let _cut_on_drop = cut.clone().drop_guard();
         tracing::info!(%addr, "proxy listens");
         let keeping = tokio::spawn(shared.certificates.clone().keep(shutdown.clone()));
-        let _keeping = AbortOnDrop(keeping);
-        accept(&listener, &shared, &connections, &cut, &shutdown).await;
+        let _keeping = AbortOnDropHandle::new(keeping);
+        accept(&listener, &shared, &lanes, &connections, &cut, &shutdown).await;
         drop(listener);
 
-        shared.shutdown.cancel();
-        shared.order_all(Order::Drain);
         connections.close();
         tracing::info!(connections = connections.len(), "proxy drains");
-        if timeout(shared.config.drain_deadline, connections.wait()).await.is_err() {
+        let begun = Instant::now();
+        let deadline = begun + shared.config.drain_deadline;
+        // Half of the time is left to those who then have to be told.
+        while begun.elapsed() < shared.config.drain_deadline / 2 && shared.has_newcomers(connections.len()) {
+            sleep(NEWCOMERS_EVERY).await;
+        }
+        shared.shutdown.cancel();
+        shared.order_all(Order::Drain);
+        if timeout_at(deadline, connections.wait()).await.is_err() {
             tracing::info!(connections = connections.len(), "drain deadline has passed");
             shared.order_all(Order::DrainNow);
             let _ = timeout(DRAIN_GRACE, connections.wait()).await;
@@ -247,19 +310,11 @@ impl Proxy {
     }
 }
 
-/// A task that ends with whoever began it.
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 /// Accepts until told to stop.
 async fn accept(
     listener: &tokio::net::TcpListener,
     shared: &Arc<Shared>,
+    lanes: &Lanes,
     connections: &TaskTracker,
     cut: &CancellationToken,
     shutdown: &CancellationToken,
@@ -282,20 +337,26 @@ async fn accept(
                 continue;
             }
         };
-        if let Err(error) = tune(&socket) {
-            tracing::debug!(%error, "connection was gone at once");
-            continue;
-        }
+        let socket = match tune(&socket).and_then(|()| socket.into_std()) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::debug!(%error, "connection was gone at once");
+                continue;
+            }
+        };
         let conn = CONN.fetch_add(1, Ordering::Relaxed);
         let (shared, cut) = (shared.clone(), cut.clone());
-        connections.spawn(async move {
-            let _held = (place, GaugeGuard::new("ebb_proxy_connections"));
+        let (lane, on_lane) = lanes.pick();
+        let carry = async move {
+            let _held = (place, on_lane, GaugeGuard::new("ebb_proxy_connections"));
             metrics::counter!("ebb_proxy_connections_total").increment(1);
+            let Ok(socket) = TcpStream::from_std(socket) else { return };
             tokio::select! {
                 () = serve(shared, socket, peer, conn) => {}
                 () = cut.cancelled() => {}
             }
-        });
+        };
+        connections.spawn_on(carry, lane);
     }
 }
 
@@ -324,6 +385,12 @@ impl Sessions for Shared {
 
     fn sessions(&self, branch: BranchId) -> Vec<SessionInfo> {
         self.known_branch(branch).map(|branch| branch.sessions()).unwrap_or_default()
+    }
+
+    fn census(&self) -> Census {
+        let mut census = Census::default();
+        self.branches.iter().for_each(|branch| branch.count(&mut census));
+        census
     }
 
     async fn fence(&self, branch: BranchId, deadline: Duration, rule: Unreplayable) -> Result<(), Blocked> {

@@ -18,8 +18,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ebb_types::SqlState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
@@ -33,9 +34,11 @@ use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
 use crate::proxy::Shared;
-use crate::relay::{Link, Pause};
+use crate::relay::{Link, Pause, count_passed};
 use crate::stream::{Buffer, ClientStream};
-use crate::wire::{cstr, message};
+use crate::unix::UnixStream;
+use crate::waits::{Stage, Wait};
+use crate::wire::{cstr, error_field, message};
 
 /// After how long a wait deserves a word.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
@@ -48,9 +51,15 @@ const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
 /// LIMIT: how much of a message begun is waited for, so that an error can follow it.
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
+/// Counts what became of a connection; `sqlstate` is empty where the client was told none.
+fn note_connect(outcome: &'static str, sqlstate: &'static str) {
+    metrics::counter!("ebb_proxy_connects_total", "outcome" => outcome, "sqlstate" => sqlstate).increment(1);
+}
+
 /// Serves one accepted connection to its end.
 pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, conn: u64) {
-    let span = tracing::info_span!("connection", conn, %peer);
+    let empty = tracing::field::Empty;
+    let span = tracing::info_span!("connection", conn, %peer, endpoint = empty, role = empty);
     async {
         let mut stranger = shared.strangers.enter();
         let crowded_out = stranger.loss();
@@ -58,7 +67,7 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
             admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer, &mut stranger)) => admitted,
             () = crowded_out.notified() => {
                 tracing::debug!("connection made room for another one before it had logged in");
-                return;
+                return note_connect("made_room", "");
             }
         };
         match admitted {
@@ -68,12 +77,15 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
             }
             Ok(Err(Turned::Away(client, said))) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
+                note_connect("refused", said.sqlstate());
                 client.goodbye(&encoded(&said)).await;
             }
-            Ok(Err(Turned::Off)) => {}
+            Ok(Err(Turned::Told(sqlstate))) => note_connect("refused", sqlstate),
+            Ok(Err(Turned::Off)) => note_connect("left", ""),
             Err(_) => {
                 refused("login_timeout");
                 tracing::debug!("login timed out");
+                note_connect("timed_out", "");
             }
         }
     }
@@ -83,6 +95,8 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
 
 async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
     let Login { client, startup, endpoint, role, peer } = login;
+    let span = tracing::Span::current();
+    span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
     let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
@@ -98,6 +112,7 @@ async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
         Ok(membership) => membership,
         Err(full) => {
             let said = no_seat(full, shared, &endpoint, &seat.sitter.role);
+            note_connect("refused", said.sqlstate());
             return client.goodbye(&encoded(&said)).await;
         }
     };
@@ -114,6 +129,7 @@ async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
         up: Buffer::default(),
         down: Buffer::default(),
         kept: None,
+        introduced: false,
         generation: 0,
         passed: [0; 2],
         _membership: membership,
@@ -130,6 +146,21 @@ enum End {
     Pass(Vec<u8>),
     /// Without a word: the client is gone, or has been told.
     Silent,
+}
+
+impl End {
+    /// How the connection of a client that never had a backend is counted.
+    fn as_connect(&self) -> (&'static str, &'static str) {
+        match self {
+            End::Silent => ("left", ""),
+            End::Say(said) => ("refused", said.sqlstate()),
+            // Whatever Postgres may say; what Ebb never says itself is one label.
+            End::Pass(error) => {
+                let code = error.get(5..).and_then(|body| std::str::from_utf8(error_field(body, b'C')?).ok());
+                ("refused", code.and_then(SqlState::of).map_or("other", SqlState::as_str))
+            }
+        }
+    }
 }
 
 /// What became of a try to get a backend.
@@ -169,6 +200,8 @@ struct Session {
     down: Buffer,
     /// The state to give back, while there is no backend; `None` before the first.
     kept: Option<Arc<Kept>>,
+    /// Whether it has had a backend.
+    introduced: bool,
     /// The compute it is, or was last, attached to.
     generation: u64,
     /// Bytes passed on, up and down.
@@ -195,9 +228,11 @@ impl Session {
         self.end(end).await;
     }
 
-    async fn end(self, end: End) {
-        for (count, direction) in self.passed.into_iter().zip(["up", "down"]) {
-            metrics::counter!("ebb_proxy_relayed_bytes_total", "direction" => direction).increment(count);
+    async fn end(mut self, end: End) {
+        count_passed(&mut self.passed);
+        if !self.introduced {
+            let (outcome, sqlstate) = end.as_connect();
+            note_connect(outcome, sqlstate);
         }
         let words = match end {
             End::Silent => Vec::new(),
@@ -238,20 +273,35 @@ impl Session {
         let budget = self.shared.config.wake_budget;
         let deadline = Instant::now() + budget;
         let mut notice_at = Instant::now() + NOTICE_AFTER;
+        let wait = Wait::begin();
+        let attached = self.attach_by(deadline, &mut notice_at, &wait).await;
+        wait.over(self.shared.config.slow_wake, attached.is_ok());
+        self.introduce(*attached?).await
+    }
+
+    /// Tries until it has one, or the deadline passes.
+    async fn attach_by(
+        &mut self,
+        deadline: Instant,
+        notice_at: &mut Instant,
+        wait: &Wait,
+    ) -> Result<Box<Attached>, End> {
+        let budget = self.shared.config.wake_budget;
         loop {
             self.obey()?;
             if self.branch.begin_work(self.conn()) {
-                match self.attach_once(deadline, &mut notice_at).await? {
-                    Tried::Attached(attached) => return self.introduce(*attached).await,
+                match self.attach_once(deadline, notice_at, wait).await? {
+                    Tried::Attached(attached) => return Ok(attached),
                     Tried::Fenced | Tried::Unreachable => {}
                 }
+                wait.enter(Stage::Gate);
             }
             // At the gate until it moves, or between two tries.
             let pause = if self.branch.gate() == Gate::Open { RETRY_AFTER } else { budget };
             tokio::select! {
                 () = self.seat.attention() => {}
                 () = sleep(pause) => {}
-                () = sleep_until(notice_at) => self.notice(&mut notice_at).await?,
+                () = sleep_until(*notice_at) => self.notice(notice_at).await?,
                 () = sleep_until(deadline) => {
                     let open = self.branch.gate() == Gate::Open;
                     return Err(End::Say(if open { Said::still_waking(budget) } else { Said::still_fenced(budget) }));
@@ -261,10 +311,10 @@ impl Session {
     }
 
     /// One try. A fence that comes up meanwhile calls it off.
-    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant) -> Result<Tried, End> {
+    async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant, wait: &Wait) -> Result<Tried, End> {
         let seat = self.seat.clone();
-        let trying =
-            try_attach(self.shared.clone(), self.branch.clone(), self.startup.clone(), self.kept.clone(), seat.clone());
+        let (shared, branch, wait) = (self.shared.clone(), self.branch.clone(), wait.clone());
+        let trying = try_attach(shared, branch, self.startup.clone(), self.kept.clone(), seat.clone(), wait);
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -344,6 +394,8 @@ impl Session {
         }
         out.extend_from_slice(&backend.notices);
         if self.kept.take().is_none() {
+            self.introduced = true;
+            note_connect("ok", "");
             message(&mut out, b'K', |body| {
                 body.extend_from_slice(&self.key.key.id.to_be_bytes());
                 body.extend_from_slice(&self.key.key.secret.to_be_bytes());
@@ -409,6 +461,14 @@ impl Session {
             Pause::ServerMalformed => {
                 tracing::error!("backend sent a malformed message");
                 End::Silent
+            }
+            Pause::Unowned => {
+                self.branch.forget(self.generation);
+                match self.conversation.server_at_boundary() && !self.down.has_released() {
+                    true => End::Say(Said::compute_lost(busy)),
+                    // The rest of what was begun may not be told.
+                    false => End::Silent,
+                }
             }
             Pause::Ordered(Order::Lost) | Pause::ServerGone => {
                 if self.conversation.is_terminated() || self.conversation.ends_with_error() {
@@ -489,6 +549,7 @@ impl Session {
     }
 
     async fn detach(&mut self, backend: &mut UnixStream, kept: Arc<Kept>) {
+        count_passed(&mut self.passed);
         self.kept = Some(kept);
         self.seat.set_backend(0, None);
         let closing = async {
@@ -542,7 +603,6 @@ impl Session {
 
     /// Sleeps until the client sends something that needs a backend.
     async fn hibernated(&mut self) -> Result<(), End> {
-        let _gauge = GaugeGuard::new("ebb_proxy_sessions_hibernated");
         self.conversation.shrink();
         self.up.free();
         self.down.free();
@@ -578,17 +638,21 @@ async fn try_attach(
     startup: Box<[u8]>,
     kept: Option<Arc<Kept>>,
     seat: Arc<Seat>,
+    wait: Wait,
 ) -> Result<Attached, TryError> {
-    let awake = branch.wake(&shared.endpoints, &shared.tasks).await.map_err(TryError::Endpoint)?;
+    wait.enter(Stage::Wake);
+    let awake = branch.wake(&shared.tasks).await.map_err(TryError::Endpoint)?;
     if awake.admits.as_ref().is_some_and(|roles| !roles.contains(&seat.sitter.role)) {
         return Err(TryError::NotAdmitted);
     }
     let generation = awake.generation;
+    wait.enter(Stage::Start);
     let started = Backend::start(&awake.socket, &startup).await;
     let mut backend = started.map_err(|error| TryError::Start { generation, error })?;
     let replayed = match &kept {
         None => Replayed::default(),
         Some(kept) => {
+            wait.enter(Stage::Replay);
             let replayed = hibernate::replay(&mut backend.stream, kept).await;
             replayed.map_err(|error| TryError::Replay { generation, error })?
         }

@@ -1,5 +1,6 @@
 //! The client's side of a connection, plain or TLS, and the buffers between the two sides.
 
+use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -16,8 +17,16 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// LIMIT: how much of what a client had already sent is read and thrown away after the last words.
 const GOODBYE_BYTES_MAX: usize = 1 << 20;
-/// LIMIT: one TLS record; big enough that bulk data costs few system calls, small enough for thousands of clients.
-const BUFFER_SIZE: usize = 16 * 1024;
+/// LIMIT: one TLS record; big enough that bulk data costs few system calls, small enough for thousands of clients that
+/// are slow at once: each may hold one block per direction.
+const BLOCK_SIZE: usize = 15 * 1024;
+/// LIMIT: blocks a thread keeps for whoever needs one next. More are wanted only by many slow peers at once.
+const SPARE_MAX: usize = 64;
+
+thread_local! {
+    /// Blocks nobody uses just now.
+    static SPARE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A client's connection.
 #[derive(Debug)]
@@ -98,7 +107,7 @@ impl AsyncWrite for ClientStream {
     }
 }
 
-/// Bytes on their way from one side to the other.
+/// Bytes on their way from one side to the other, in a block that is borrowed from the thread while there are any.
 ///
 /// ```text
 ///   0        start        released        end        capacity
@@ -106,7 +115,7 @@ impl AsyncWrite for ClientStream {
 /// ```
 #[derive(Debug, Default)]
 pub struct Buffer {
-    bytes: Vec<u8>,
+    bytes: Box<[u8]>,
     start: usize,
     released: usize,
     end: usize,
@@ -166,16 +175,24 @@ impl Buffer {
         self.end += 1;
     }
 
-    /// Gives the memory back if nothing is in it.
+    /// Gives the block back if nothing is in it.
+    #[inline]
     pub fn free(&mut self) {
-        if self.is_empty() {
-            *self = Self::default();
+        if self.is_empty() && !self.bytes.is_empty() {
+            let block = std::mem::take(self).bytes;
+            SPARE.with_borrow_mut(|spare| {
+                if spare.len() < SPARE_MAX {
+                    spare.push(block);
+                }
+            });
         }
     }
 
+    #[inline]
     fn allocate(&mut self) {
         if self.bytes.is_empty() {
-            self.bytes = vec![0; BUFFER_SIZE];
+            let spare = SPARE.with_borrow_mut(Vec::pop);
+            self.bytes = spare.unwrap_or_else(|| vec![0; BLOCK_SIZE].into());
         }
     }
 
@@ -244,6 +261,9 @@ mod tests {
         }
         assert!(to == input, "the bytes differ");
         buffer.free();
-        assert_eq!(buffer.bytes.capacity(), 0);
+        assert!(buffer.bytes.is_empty());
+        assert_eq!(SPARE.with_borrow(Vec::len), 1);
+        buffer.allocate();
+        assert_eq!(SPARE.with_borrow(Vec::len), 0);
     }
 }

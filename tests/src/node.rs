@@ -8,7 +8,6 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebb_test_s3::Seaweed;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
@@ -96,10 +95,10 @@ impl Node {
         self
     }
 
-    /// Uses a bucket on a test's S3 server, below a prefix.
-    pub fn s3_bucket(mut self, server: &Seaweed, prefix: &str) -> Self {
+    /// Uses a bucket on a test's S3 server, which is reached at `endpoint`, below a prefix.
+    pub fn s3_bucket(mut self, endpoint: &str, prefix: &str) -> Self {
         self.bucket = Some(format!("s3://{}/{prefix}", ebb_test_s3::BUCKET).into());
-        self.args = vec!["--s3-endpoint".to_owned(), server.endpoint(), "--s3-path-style".to_owned()];
+        self.args = vec!["--s3-endpoint".to_owned(), endpoint.to_owned(), "--s3-path-style".to_owned()];
         let credentials = [
             ("AWS_ACCESS_KEY_ID", ebb_test_s3::ACCESS_KEY),
             ("AWS_SECRET_ACCESS_KEY", ebb_test_s3::SECRET_KEY),
@@ -117,7 +116,7 @@ impl Node {
         self
     }
 
-    /// Adds an argument of `ebb serve`.
+    /// Gives the server one more argument.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
         self
@@ -176,6 +175,24 @@ impl Node {
             }
             let asked = ureq::get(&health).config().timeout_global(Some(Duration::from_secs(5))).build().call();
             asked.is_ok()
+        });
+    }
+
+    /// Starts a server that takes over from the one that runs; answers that one.
+    pub fn begin_take_over(&mut self) -> Child {
+        let log = fs::File::options().create(true).append(true).open(&self.log).expect("a log can be made");
+        let mut command = self.serve_command();
+        command.arg("--take-over").stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
+        let new = command.spawn().expect("ebb can be started");
+        self.server.replace(new).expect("the server runs")
+    }
+
+    /// Waits until the old server has ended, and the new one is ready.
+    pub fn end_take_over(&mut self, old: &mut Child) {
+        wait_for("the old server to end", || old.try_wait().expect("a child can be waited for").is_some());
+        let pid = format!("\"pid\": {}", self.server_pid());
+        wait_for("the new server to be ready", || {
+            fs::read_to_string(self.data.join("node.json")).is_ok_and(|text| text.contains(&pid))
         });
     }
 

@@ -48,7 +48,7 @@ pub struct Activity {
     pub sessions: usize,
 }
 
-/// One client session, as `ebb compute status` shows it.
+/// One client session, as `ebb who` and `ebb compute status` show it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct SessionRow {
     /// Number of the connection.
@@ -61,9 +61,12 @@ pub struct SessionRow {
     pub application: String,
     /// The client's address.
     pub peer: String,
+    /// The node whose proxy holds it, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// `waiting`, `active`, `idle`, `pinned` or `hibernated`.
     pub state: String,
-    /// What keeps a pinned session from being hibernated.
+    /// Why it keeps the compute awake, if it does.
     pub reason: Option<String>,
     /// Seconds in this state.
     pub since_seconds: f64,

@@ -379,6 +379,15 @@ impl Error {
         }
     }
 
+    /// Whether this node may have been taken for dead: another one answers, or will soon.
+    pub fn is_isolated(&self) -> bool {
+        match self {
+            Error::Isolated => true,
+            Error::Shared(error) => error.is_isolated(),
+            _ => false,
+        }
+    }
+
     /// What a Postgres client is sent as code.
     pub fn sql_state(&self) -> SqlState {
         match self {

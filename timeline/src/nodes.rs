@@ -109,7 +109,12 @@ pub struct Nodes {
     ttl: Duration,
     beat: AtomicU64,
     inner: Mutex<Inner>,
+    /// Until when, by [`Moment`]'s clock in nanoseconds, no other node can have taken over; [`ALONE`] while there is none.
+    unchallenged_until: AtomicU64,
 }
+
+/// A moment that never comes.
+const ALONE: u64 = u64::MAX;
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -134,7 +139,7 @@ impl Nodes {
     /// If the file cannot be used.
     pub fn open(data_dir: &Path, name: String, bucket: Bucket, ttl: Duration) -> Result<Self> {
         let me = read_or_make_id(&data_dir.join("node-id"))?;
-        Ok(Self { bucket, me, name, run: rand::random(), ttl, beat: AtomicU64::new(0), inner: Mutex::default() })
+        Ok(Self { bucket, me, name, run: rand::random(), ttl, beat: AtomicU64::new(0), inner: Mutex::default(), unchallenged_until: AtomicU64::new(ALONE) })
     }
 
     /// This node.
@@ -180,6 +185,7 @@ impl Nodes {
             inner.term += 1;
         }
         inner.renewed = Some(begun);
+        self.publish(&inner);
         Ok(())
     }
 
@@ -212,6 +218,7 @@ impl Nodes {
             inner.looked = Some(Moment::now());
             there.into_iter().for_each(|record| inner.see(record));
             inner.peers = inner.seen.values().filter(|seen| seen.is_alive()).map(|seen| seen.record.clone()).collect();
+            self.publish(&inner);
             let old = inner.seen.iter().filter(|(_, seen)| seen.changed.elapsed() > FORGET_AFTER);
             old.map(|(node, _)| *node).collect::<Vec<_>>()
         };
@@ -256,7 +263,30 @@ impl Nodes {
 
     /// Notes what the other nodes said: whether they cannot reach the bucket either.
     pub fn excuse(&self, cut_off: bool) {
-        self.inner.lock().excused = cut_off.then(Moment::now);
+        let mut inner = self.inner.lock();
+        inner.excused = cut_off.then(Moment::now);
+        self.publish(&inner);
+    }
+
+    fn publish(&self, inner: &Inner) {
+        let renewed = inner.renewed.map(|last| last.0 + self.ttl);
+        let excused = inner.excused.map(|said| said.0 + self.ttl / 2);
+        let until = renewed.max(excused).unwrap_or_default();
+        let until = u64::try_from(until.as_nanos()).unwrap_or(ALONE);
+        self.unchallenged_until.store(if inner.peers.is_empty() { ALONE } else { until }, Ordering::Release);
+    }
+
+    /// Whether what its computes have said by now may be told: no other node can have taken over before they said it.
+    ///
+    /// The same as [`Nodes::term`] or [`Nodes::is_excused`], for those who ask with every message.
+    pub fn may_answer(&self) -> bool {
+        let until = self.unchallenged_until.load(Ordering::Acquire);
+        until == ALONE || Moment::now().0.as_nanos() < u128::from(until)
+    }
+
+    /// Whether a node that was seen has not renewed its record in time. Asks nobody.
+    pub fn is_gone(&self, node: NodeId) -> bool {
+        self.inner.lock().seen.get(&node).is_some_and(|seen| !seen.is_alive())
     }
 
     /// Whether no other node can have taken over, though this one's record may have expired.

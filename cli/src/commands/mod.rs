@@ -12,6 +12,7 @@ mod project;
 mod psql;
 mod release;
 mod url;
+mod who;
 
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,7 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Drill { from, probes, key } => drill::run(&to, &from, probes, &key),
         Command::Drills { branch } => drill::list(&to, &branch),
         Command::Diff(what) => diff::run(&to, &what),
+        Command::Who { branch } => who::run(&to, &branch),
         Command::Why { object } => collect::why(&to, &object),
         Command::Collect { dry_run } => collect::run(&to, dry_run),
         Command::Serve(_) | Command::Config(_) | Command::Fsck(_) => unreachable!("main runs these itself"),

@@ -31,7 +31,7 @@ pub const KEYS: [&str; 12] = [
 const UNAUTHENTICATED_MAX: usize = 30_000;
 
 /// LIMIT: of the descriptors that the system grants this process, strangers get one in so many; a session needs two.
-const STRANGERS_SHARE: u64 = 4;
+const STRANGERS_SHARE: u64 = 3;
 
 /// The options of `ebb serve` that say who gets in.
 #[derive(Debug, Default, ClapArgs)]

@@ -78,6 +78,10 @@ impl Endpoints for ServiceEndpoints {
         }
     }
 
+    fn may_answer(&self) -> bool {
+        self.both.get().is_none_or(|(service, _)| service.may_answer())
+    }
+
     async fn visit(&self, branch: BranchId, point: &Point) -> Result<BranchId, EndpointError> {
         self.service()?.visit(branch, point).map_err(reported)
     }
@@ -153,54 +157,62 @@ fn to_client(error: ebb_timeline::Error) -> EndpointError {
 
 /// The proxy, as the timeline service sees it.
 #[derive(Debug)]
-pub struct ProxyClients(pub ProxyHandle);
+pub struct ProxyClients {
+    /// The proxy.
+    pub proxy: ProxyHandle,
+    /// The name of this node.
+    pub node: String,
+}
+
+impl ProxyClients {
+    fn row(&self, session: SessionInfo) -> SessionRow {
+        let (state, reason) = match session.state {
+            SessionState::Waiting => ("waiting", Some("waits for the compute".to_owned())),
+            SessionState::Active => ("active", Some("in a query or an open transaction".to_owned())),
+            SessionState::Idle => ("idle", None),
+            SessionState::Pinned { reason } => ("pinned", Some(reason)),
+            SessionState::Hibernated => ("hibernated", None),
+        };
+        SessionRow {
+            conn: session.conn,
+            role: session.role,
+            database: session.database,
+            application: session.application,
+            peer: session.peer,
+            node: Some(self.node.clone()),
+            state: state.to_owned(),
+            reason,
+            since_seconds: session.since.as_secs_f64(),
+        }
+    }
+}
 
 #[async_trait]
 impl Clients for ProxyClients {
     fn activity(&self, branch: BranchId) -> Activity {
-        let seen = self.0.activity(branch);
+        let seen = self.proxy.activity(branch);
         Activity { idle_for: seen.idle_for, busy: seen.busy, sessions: seen.sessions }
     }
 
     fn sessions(&self, branch: BranchId) -> Vec<SessionRow> {
-        self.0.sessions(branch).into_iter().map(row).collect()
+        self.proxy.sessions(branch).into_iter().map(|session| self.row(session)).collect()
     }
 
     async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
         let rule = if end_rest { Unreplayable::End } else { Unreplayable::Refuse };
-        let fenced = self.0.fence(branch, deadline, rule).await;
-        fenced.map_err(|blocked| blocked.0.into_iter().map(row).collect())
+        let fenced = self.proxy.fence(branch, deadline, rule).await;
+        fenced.map_err(|blocked| blocked.0.into_iter().map(|session| self.row(session)).collect())
     }
 
     fn release(&self, branch: BranchId) {
-        self.0.release(branch);
+        self.proxy.release(branch);
     }
 
     fn forget(&self, branch: BranchId) {
-        self.0.forget(branch);
+        self.proxy.forget(branch);
     }
 
     fn lost(&self, branch: BranchId, generation: u64) {
-        self.0.lost(branch, generation);
-    }
-}
-
-fn row(session: SessionInfo) -> SessionRow {
-    let (state, reason) = match session.state {
-        SessionState::Waiting => ("waiting", None),
-        SessionState::Active => ("active", Some("in a query or an open transaction".to_owned())),
-        SessionState::Idle => ("idle", None),
-        SessionState::Pinned { reason } => ("pinned", Some(reason)),
-        SessionState::Hibernated => ("hibernated", None),
-    };
-    SessionRow {
-        conn: session.conn,
-        role: session.role,
-        database: session.database,
-        application: session.application,
-        peer: session.peer,
-        state: state.to_owned(),
-        reason,
-        since_seconds: session.since.as_secs_f64(),
+        self.proxy.lost(branch, generation);
     }
 }

@@ -17,7 +17,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -31,6 +31,7 @@ const KEYS: [&str; 18] = [
     "node-listen",
     "node-ttl",
     "idle-suspend",
+    "slow-wake",
     "min-free-bytes",
     "hydrate",
     "cache-limit",
@@ -80,6 +81,9 @@ pub struct Settings {
     /// How long a compute without work stays up, for branches without a value of their own. Default 5 minutes.
     #[serde(serialize_with = "as_text")]
     pub idle_suspend: Duration,
+    /// A client that waits for its compute for longer is written to the log, with what it waited for. Default 2 seconds.
+    #[serde(serialize_with = "as_text")]
+    pub slow_wake: Duration,
     /// Bytes that must stay free on the disk of `data`; below, work is refused. Default 64 MiB.
     pub min_free_bytes: u64,
     /// Whether what an awake branch lacks on this node is fetched in the background. Default yes: the node gets independent
@@ -133,6 +137,7 @@ impl Settings {
         let node_listen = sources.address("node-listen", args.node_listen.clone(), "127.0.0.1:0");
         let node_ttl = sources.time("node-ttl", args.node_ttl.clone(), Duration::from_secs(10));
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
+        let slow_wake = sources.time("slow-wake", args.slow_wake.clone(), Duration::from_secs(2));
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
         let cache_limit = sources.number("cache-limit", args.cache_limit);
@@ -184,6 +189,7 @@ impl Settings {
             node_listen,
             node_ttl,
             idle_suspend,
+            slow_wake,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,
             cache_limit,

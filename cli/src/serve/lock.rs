@@ -6,11 +6,15 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ebb_types::{ErrorKind, Timestamp};
 use serde::Serialize;
 
 use crate::failure::Failure;
+
+/// How often it is looked whether a lock is free.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The held lock of a data directory.
 #[derive(Debug)]
@@ -19,6 +23,22 @@ pub struct DataLock {
 }
 
 impl DataLock {
+    /// Takes the lock once its holder gives it up, which it has promised to do by then.
+    ///
+    /// # Errors
+    /// `Conflict`, naming who holds it still.
+    pub fn take_within(data: &Path, within: Duration) -> Result<Self, Failure> {
+        let deadline = Instant::now() + within;
+        loop {
+            match Self::take(data) {
+                Err(failure) if failure.kind == ErrorKind::Conflict && Instant::now() < deadline => {
+                    std::thread::sleep(LOOK_AGAIN);
+                }
+                taken => return taken,
+            }
+        }
+    }
+
     /// Takes the lock.
     ///
     /// # Errors

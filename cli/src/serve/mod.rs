@@ -2,7 +2,8 @@
 //!
 //! Start: settings, checks, lock, addresses, service, ready. Stop, at the first SIGINT or SIGTERM: the API takes no
 //! more requests, the proxy drains, every compute is suspended, all within a deadline; the second signal ends the
-//! process at once.
+//! process at once. Stop, because another process takes over (`handover`): the same, but the computes go on, and its
+//! sockets stay open.
 //!
 //! **Crash.** A killed server leaves its units running and its lock free; the next start adopts them.
 
@@ -10,6 +11,7 @@ pub mod access;
 mod adapters;
 mod checks;
 mod config;
+mod handover;
 pub mod lock;
 mod peers;
 mod welcome;
@@ -21,11 +23,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebb_proxy::{Proxy, ProxyConfig};
-use ebb_storage::object_store::{self, BucketAt};
+use ebb_storage::object_store::{self, Bucket, BucketAt};
 use ebb_timeline::nodes::Addresses;
 use ebb_timeline::{CollectPolicy, LayerPolicy, Service, ServiceConfig, api};
 use ebb_types::{ErrorKind, Hint as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -41,14 +44,26 @@ use crate::output::Output;
 use adapters::{ProxyClients, ServiceEndpoints};
 use axum::middleware::from_fn_with_state;
 use config::Settings;
+use handover::{Listeners, Successor, fits};
 use lock::{Announced, DataLock, NodeFile};
 use peers::{Identity, Links, PeerServer, Peers};
 
 /// LIMIT: a fast shutdown of a Postgres with much to write takes seconds; process managers kill after 90 s or so.
 const SUSPEND_WITHIN: Duration = Duration::from_secs(45);
 
+/// LIMIT: the one before drains its clients and ends its requests, each within seconds.
+const LOCK_WITHIN: Duration = Duration::from_secs(60);
+
 /// LIMIT: requests under way at a stop; an act that is cut off here goes on in its own task and is recovered later.
 const API_DRAIN_WITHIN: Duration = Duration::from_secs(5);
+
+/// LIMIT: clients of other nodes set aside, and what is under way; transactions have had their time by then.
+const LEAVE_WITHIN: Duration = Duration::from_secs(10);
+
+/// LIMIT: what the proxy takes on at most (60,000), twice, and some.
+const DESCRIPTORS: u64 = 130_000;
+
+const STOPPING: &str = "stopping: suspending every compute; a second Ctrl-C ends this at once";
 
 /// How often counters and histograms are folded, which bounds their memory.
 const METRICS_UPKEEP_EVERY: Duration = Duration::from_secs(5);
@@ -62,15 +77,22 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let begun = Instant::now();
     let settings = Settings::read(args)?;
     checks::run(&settings)?;
-    let lock = DataLock::take(&settings.data)?;
-    Announced::clear(&settings.data);
     start_logging();
+    raise_descriptor_limit();
     let metrics = install_metrics()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::internal("cannot start worker threads", &error))?;
-    let served = runtime.block_on(serve(&settings, metrics, begun));
+    // Whatever keeps this server from running is found out before the one that runs stops.
+    let checked = if args.take_over { Some(runtime.block_on(open_bucket(&settings))?) } else { None };
+    let inherited = if args.take_over { handover::take(&settings.data)? } else { None };
+    let lock = match &inherited {
+        Some(_) => DataLock::take_within(&settings.data, LOCK_WITHIN)?,
+        None => DataLock::take(&settings.data)?,
+    };
+    Announced::clear(&settings.data);
+    let served = runtime.block_on(serve(&settings, checked, inherited, metrics, begun));
     // LIMIT: blocking calls still on the way (an fsync, a hash) are given this long; they leave nothing half-done.
     runtime.shutdown_timeout(Duration::from_secs(5));
     drop(lock);
@@ -85,24 +107,34 @@ pub fn print_config(command: ConfigCommand, output: Output) -> Result<(), Failur
     Ok(())
 }
 
-async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -> Result<(), Failure> {
+async fn serve(
+    settings: &Settings,
+    checked: Option<Bucket>,
+    inherited: Option<Listeners>,
+    metrics: PrometheusHandle,
+    begun: Instant,
+) -> Result<(), Failure> {
     let mut signals = Signals::listen()?;
-    let bucket = object_store::open_with(&settings.bucket, &settings.s3()).await.map_err(|error| {
-        let failure = Failure::new(error.kind(), format!("cannot open the bucket {:?}", settings.bucket));
-        Failure { hint: error.hint(), ..failure.because(&error) }
-    })?;
-
+    let bucket = match checked {
+        Some(bucket) => bucket,
+        None => open_bucket(settings).await?,
+    };
     let endpoints = Arc::new(ServiceEndpoints::default());
-    let proxy = bind_proxy(settings, endpoints.clone())?;
-    let api_listener = bind_api(settings.api_listen).await?;
+    let (old_proxy, old_api, old_peers) = match inherited {
+        Some(Listeners { proxy, api, peers }) => (Some(proxy), Some(api), Some(peers)),
+        None => (None, None, None),
+    };
+    let proxy = bind_proxy(settings, old_proxy, endpoints.clone())?;
+    let (api_listener, api_shared) = bind("the API", "--api-listen", settings.api_listen, old_api)?;
     let api_addr = api_listener.local_addr().map_err(|error| Failure::internal("cannot listen for the API", &error))?;
     let proxy_addr = proxy.local_addr();
     let ca = proxy.ca_pem_path().to_owned();
 
-    let peer_listener = bind_peers(settings.node_listen).await?;
+    let (peer_listener, peers_shared) = bind("other nodes", "--node-listen", settings.node_listen, old_peers)?;
     let peer_addr = peer_listener.local_addr().map_err(|error| Failure::internal("cannot listen for nodes", &error))?;
 
-    let own_clients = Arc::new(ProxyClients(proxy.handle()));
+    let (clients, node) = (proxy.handle(), settings.node_name.clone());
+    let own_clients = Arc::new(ProxyClients { proxy: clients.clone(), node });
     let links = Arc::new(Links::new(own_clients.clone()));
     let config = service_config(settings, &proxy)?;
     let service = Service::open(config, bucket, links.clone()).await.map_err(service_failure)?;
@@ -114,19 +146,31 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
     let peers = Arc::new(peers);
     service.set_others(peers.clone());
     endpoints.fill(service.clone(), peers.clone());
+    tokio::spawn({
+        let (peers, service, stop) = (peers.clone(), service.clone(), stop.service.clone());
+        async move { stop.run_until_cancelled(peers.watch(|node| service.is_gone(node))).await }
+    });
     let peer_server = PeerServer { identity, service: service.clone(), links, api: api_addr };
     let peer_run = tokio::spawn(peer_server.run(peer_listener, stop.peers.clone()));
     let addresses = Addresses { api: Some(format!("http://{api_addr}")), peer: Some(peer_addr.to_string()) };
     service.announce(addresses).await.map_err(service_failure)?;
 
+    let unable = |error: std::io::Error| Failure::internal("cannot share the proxy's port", &error);
+    let shared = Listeners { proxy: proxy.share_listener().map_err(unable)?, api: api_shared, peers: peers_shared };
     let proxy_run = tokio::spawn(proxy.run(stop.proxy.clone()));
     let service_run = tokio::spawn({
         let (service, stop) = (service.clone(), stop.service.clone());
         async move { service.run(stop).await }
     });
     let upkeep = tokio::spawn(keep_up(metrics.clone(), stop.service.clone()));
-    let router = api::router_with_metrics(service.clone(), Some(Arc::new(move || metrics.render())))
-        .layer(from_fn_with_state((service.clone(), peers), peers::forward));
+    let router = api::router_with_metrics(
+        service.clone(),
+        Some(Arc::new(move || {
+            clients.census().publish();
+            metrics.render()
+        })),
+    )
+    .layer(from_fn_with_state((service.clone(), peers), peers::forward));
     let api_run = axum::serve(api_listener, router).with_graceful_shutdown(stop.api.clone().cancelled_owned());
     let api_run = tokio::spawn(api_run.into_future());
 
@@ -139,23 +183,35 @@ async fn serve(settings: &Settings, metrics: PrometheusHandle, begun: Instant) -
         ready_at: jiff::Timestamp::now(),
     };
     let announced = Announced::write(&settings.data, &node)?;
+    let mut successor = Successor::listen(&settings.data, shared)?;
     tracing::info!(proxy = %proxy_addr, api = %api_addr, "ready");
     let welcomed = welcome::show(settings, &node, &service, begun).await;
 
+    let mut followed = false;
     if welcomed.is_ok() {
-        signals.next().await;
-        eprintln!("stopping: suspending every compute; a second Ctrl-C ends this at once");
+        followed = tokio::select! {
+            () = signals.next() => false,
+            () = successor.taken() => true,
+        };
+        eprintln!("{}", if followed { "another process takes over" } else { STOPPING });
         tokio::spawn(async move {
             signals.next().await;
             eprintln!("stopped at once; running computes go on, and the next start finds them");
             process::exit(130);
         });
     }
-    drop(announced);
-    stop.in_order(&service, api_run, proxy_run, peer_run, service_run).await;
+    drop((announced, successor));
+    stop.in_order(&service, followed, api_run, proxy_run, peer_run, service_run).await;
     let _ = upkeep.await;
     tracing::info!("stopped");
     welcomed
+}
+
+async fn open_bucket(settings: &Settings) -> Result<Bucket, Failure> {
+    object_store::open_with(&settings.bucket, &settings.s3()).await.map_err(|error| {
+        let failure = Failure::new(error.kind(), format!("cannot open the bucket {:?}", settings.bucket));
+        Failure { hint: error.hint(), ..failure.because(&error) }
+    })
 }
 
 /// The tokens of the parts, in the order they are stopped.
@@ -168,10 +224,11 @@ struct Stop {
 }
 
 impl Stop {
-    /// Stops taking work, then the clients, then the computes, then what keeps them.
+    /// Stops taking work, then the clients, then the computes, then what keeps them. `followed`: computes go on.
     async fn in_order(
         self,
         service: &Arc<Service>,
+        followed: bool,
         api_run: JoinHandle<std::io::Result<()>>,
         proxy_run: JoinHandle<()>,
         peer_run: JoinHandle<()>,
@@ -186,7 +243,11 @@ impl Stop {
         // The proxy bounds its own draining.
         report_join("proxy", proxy_run.await);
         // Other nodes' clients are held by suspending, as this one's were.
-        service.suspend_all(SUSPEND_WITHIN).await;
+        if followed {
+            service.leave_running(LEAVE_WITHIN).await;
+        } else {
+            service.suspend_all(SUSPEND_WITHIN).await;
+        }
         self.peers.cancel();
         report_join("server for other nodes", peer_run.await);
         self.service.cancel();
@@ -200,27 +261,43 @@ fn report_join(part: &'static str, ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-fn bind_proxy(settings: &Settings, endpoints: Arc<ServiceEndpoints>) -> Result<Proxy, Failure> {
+fn bind_proxy(
+    settings: &Settings,
+    inherited: Option<std::net::TcpListener>,
+    endpoints: Arc<ServiceEndpoints>,
+) -> Result<Proxy, Failure> {
     let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
     config.domain.clone_from(&settings.domain);
     settings.access.apply(&mut config);
-    Proxy::bind(config, endpoints).map_err(|error| {
+    config.slow_wake = settings.slow_wake;
+    let proxy = match inherited.filter(|socket| fits(settings.listen, socket)) {
+        Some(socket) => Proxy::over(socket, config, endpoints),
+        None => Proxy::bind(config, endpoints),
+    };
+    proxy.map_err(|error| {
         let failure = Failure::internal("cannot start the proxy", &error);
         Failure { hint: error.hint(), ..failure }
     })
 }
 
-async fn bind_api(addr: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(addr).await.map_err(|error| {
-        Failure::internal(format!("the API cannot listen on {addr}"), &error)
-            .hint("Is another server on that port? --api-listen names another one.")
-    })
-}
-
-async fn bind_peers(addr: SocketAddr) -> Result<TcpListener, Failure> {
-    TcpListener::bind(addr).await.map_err(|error| {
-        Failure::internal(format!("cannot listen on {addr} for other nodes"), &error)
-            .hint("Is another server on that port? --node-listen names another address.")
+/// A port for tokio, and the same to be handed over one day. `inherited` is used if it is the one that is wanted.
+fn bind(
+    whom: &'static str,
+    option: &'static str,
+    addr: SocketAddr,
+    inherited: Option<std::net::TcpListener>,
+) -> Result<(TcpListener, std::net::TcpListener), Failure> {
+    let listen = || {
+        let listener = match inherited.filter(|socket| fits(addr, socket)) {
+            Some(listener) => listener,
+            None => std::net::TcpListener::bind(addr)?,
+        };
+        listener.set_nonblocking(true)?;
+        Ok((TcpListener::from_std(listener.try_clone()?)?, listener))
+    };
+    listen().map_err(|error: std::io::Error| {
+        Failure::internal(format!("cannot listen on {addr} for {whom}"), &error)
+            .hint(format!("Is another server on that port? {option} names another address."))
     })
 }
 
@@ -283,6 +360,16 @@ pub fn start_logging() {
     let unsigned = filter_fn(|event| !event.target().starts_with("aws_") || *event.level() <= Level::INFO);
     let to_stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     tracing_subscriber::registry().with(filter).with(unsigned).with(to_stderr).init();
+}
+
+/// Two descriptors per client, and those of everything else, as far as the system lets.
+fn raise_descriptor_limit() {
+    let limit = |count| Rlimit { current: Some(count), maximum: Some(count) };
+    let allowed = getrlimit(Resource::Nofile).maximum;
+    if allowed.is_none_or(|allowed| allowed >= DESCRIPTORS) || setrlimit(Resource::Nofile, limit(DESCRIPTORS)).is_err()
+    {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: allowed, maximum: allowed });
+    }
 }
 
 fn install_metrics() -> Result<PrometheusHandle, Failure> {

@@ -156,6 +156,10 @@ impl Endpoints for World {
         Ok(self.allowed.lock().unwrap().clone())
     }
 
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
         assert_eq!(branch, BRANCH);
         Ok(self.verifier.lock().unwrap().clone().filter(|_| role == "app"))

@@ -96,6 +96,11 @@ impl Session {
         rest
     }
 
+    /// Its socket.
+    pub fn into_std(self) -> std::net::TcpStream {
+        self.socket.into_std().unwrap()
+    }
+
     /// Sends bytes and reads nothing.
     pub async fn send(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();

@@ -55,9 +55,9 @@ fn done(result: Result<()>, reply: ReplyEmpty) {
     }
 }
 
-fn entry(made: Result<FileAttr>, reply: ReplyEntry) {
+fn entry(made: Result<(FileAttr, Generation)>, reply: ReplyEntry) {
     match made {
-        Ok(attr) => reply.entry(&NO_CACHE, &attr, Generation(0)),
+        Ok((attr, generation)) => reply.entry(&NO_CACHE, &attr, generation),
         Err(errno) => reply.error(fuse(errno)),
     }
 }
@@ -197,8 +197,8 @@ impl Filesystem for Adapter {
         let inode = Inode::new(Kind::File { size: 0 }, mode & !umask, request.uid(), request.gid());
         let mut state = self.state.lock();
         match state.make(parent.0, name, inode).and_then(|made| Ok((made, state.open()?))) {
-            Ok((attr, handle)) => {
-                reply.created(&NO_CACHE, &attr, Generation(0), FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
+            Ok(((attr, generation), handle)) => {
+                reply.created(&NO_CACHE, &attr, generation, FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO);
             }
             Err(errno) => reply.error(fuse(errno)),
         }

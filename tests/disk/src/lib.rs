@@ -76,6 +76,11 @@ impl Disk {
         &self.at
     }
 
+    /// From now on another seed decides what cuts of the power take.
+    pub fn reseed(&self, seed: u64) {
+        self.state.lock().reseed(seed);
+    }
+
     /// From now on nothing reaches the disk and nothing is answered but `EIO`, until [`Disk::cut_power`].
     pub fn stop(&self) {
         self.state.lock().stop();

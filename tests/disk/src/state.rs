@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use fuser::{FileAttr, FileType, INodeNo};
+use fuser::{FileAttr, FileType, Generation, INodeNo};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rustix::io::Errno;
@@ -89,6 +89,10 @@ impl State {
     }
 
     // For tests.
+
+    pub(crate) fn reseed(&mut self, seed: u64) {
+        self.rng = StdRng::seed_from_u64(seed);
+    }
 
     pub(crate) fn stop(&mut self) {
         self.stopped = true;
@@ -263,15 +267,17 @@ impl State {
 
     // Requests.
 
-    pub(crate) fn lookup(&mut self, parent: Ino, name: &OsStr) -> Result<FileAttr> {
+    pub(crate) fn lookup(&mut self, parent: Ino, name: &OsStr) -> Result<(FileAttr, Generation)> {
         self.up()?;
         let ino = self.live.lookup(parent, name)?;
         self.referenced(ino)
     }
 
-    fn referenced(&mut self, ino: Ino) -> Result<FileAttr> {
+    /// What the kernel is told of an inode. It is another one after a cut: the kernel keeps what it knew of the one before,
+    /// for instance that the directory was removed, also where that never reached the disk.
+    fn referenced(&mut self, ino: Ino) -> Result<(FileAttr, Generation)> {
         *self.lookups.entry(ino).or_default() += 1;
-        self.stat(ino)
+        Ok((self.stat(ino)?, Generation(self.epoch)))
     }
 
     pub(crate) fn forget(&mut self, ino: Ino, count: u64) {
@@ -326,7 +332,7 @@ impl State {
         }
     }
 
-    pub(crate) fn make(&mut self, parent: Ino, name: &OsStr, inode: Inode) -> Result<FileAttr> {
+    pub(crate) fn make(&mut self, parent: Ino, name: &OsStr, inode: Inode) -> Result<(FileAttr, Generation)> {
         self.up_to_change()?;
         let ino = self.next_ino;
         if matches!(inode.kind, Kind::File { .. }) && self.free_blocks() == 0 {
@@ -338,7 +344,7 @@ impl State {
         self.referenced(ino)
     }
 
-    pub(crate) fn link(&mut self, ino: Ino, parent: Ino, name: &OsStr) -> Result<FileAttr> {
+    pub(crate) fn link(&mut self, ino: Ino, parent: Ino, name: &OsStr) -> Result<(FileAttr, Generation)> {
         self.up_to_change()?;
         self.change(Change::Link { ino, parent, name: name.to_owned() })?;
         self.referenced(ino)

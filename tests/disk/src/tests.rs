@@ -145,3 +145,26 @@ fn a_large_directory_is_removed_whole() {
     fs::remove_dir_all(&many).unwrap();
     assert!(!many.exists());
 }
+
+#[test]
+fn a_directory_that_was_removed_and_came_back_can_be_listed_and_used() {
+    let (_dir, disk) = disk(1);
+    let path = disk.path().join("dir");
+    let mut back = 0;
+    for _ in 0..50 {
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("file"), b"").unwrap();
+        disk.sync_all();
+        // The kernel remembers of a directory that is gone that it is.
+        let _known = File::open(&path).unwrap();
+        fs::remove_dir_all(&path).unwrap();
+        disk.cut_power();
+        if path.join("file").exists() {
+            back += 1;
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
+            fs::write(path.join("another"), b"").unwrap();
+            fs::remove_dir_all(&path).unwrap();
+        }
+    }
+    assert!(back > 5);
+}

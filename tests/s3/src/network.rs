@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
@@ -48,6 +49,10 @@ pub struct Network {
 #[derive(Debug)]
 struct Plan {
     rate: f64,
+    /// How long every request is under way.
+    delay: Duration,
+    /// Nothing gets through, in either direction.
+    cut: bool,
     dice: StdRng,
     /// What happens to the next requests of a method.
     scripted: VecDeque<(&'static str, Mishap)>,
@@ -60,7 +65,14 @@ impl Network {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("a listener has an address").port();
         let dice = StdRng::seed_from_u64(seed);
-        let plan = Plan { rate, dice, scripted: VecDeque::new(), happened: BTreeMap::new() };
+        let plan = Plan {
+            rate,
+            delay: Duration::ZERO,
+            cut: false,
+            dice,
+            scripted: VecDeque::new(),
+            happened: BTreeMap::new(),
+        };
         let plan = Arc::new(Mutex::new(plan));
         let mut connections = JoinSet::new();
         connections.spawn(accept(listener, to, plan.clone()));
@@ -82,9 +94,19 @@ impl Network {
         self.plan.lock().scripted.len()
     }
 
-    /// From now on nothing happens that is not planned.
-    pub fn calm(&self) {
-        self.plan.lock().rate = 0.0;
+    /// From now on every request meets a mishap with probability `rate`; at 0, only what is planned.
+    pub fn roughen(&self, rate: f64) {
+        self.plan.lock().rate = rate;
+    }
+
+    /// From now on every request takes so much longer.
+    pub fn delay(&self, delay: Duration) {
+        self.plan.lock().delay = delay;
+    }
+
+    /// Lets nothing through, or all again. What the server was doing it goes on with; the answer does not come back.
+    pub fn cut(&self, cut: bool) {
+        self.plan.lock().cut = cut;
     }
 
     /// How often each mishap came to pass.
@@ -95,6 +117,9 @@ impl Network {
 
 impl Plan {
     fn mishap(&mut self, method: &str) -> Option<Mishap> {
+        if self.cut {
+            return Some(Mishap::Lost);
+        }
         let scripted = self.scripted.iter().position(|(planned, _)| *planned == method);
         let mishap = match scripted {
             Some(at) => self.scripted.remove(at).map(|(_, mishap)| mishap),
@@ -123,7 +148,11 @@ async fn accept(listener: TcpListener, to: u16, plan: Arc<Mutex<Plan>>) {
 /// Carries one request and its answer.
 async fn carry(mut client: TcpStream, to: u16, plan: Arc<Mutex<Plan>>) -> io::Result<()> {
     let Some(request) = read_request(&mut client).await? else { return Ok(()) };
-    let mishap = plan.lock().mishap(request.method());
+    let (mishap, delay) = {
+        let mut plan = plan.lock();
+        (plan.mishap(request.method()), plan.delay)
+    };
+    tokio::time::sleep(delay).await;
     match mishap {
         Some(Mishap::SlowDown) => return refuse(&mut client, "503 Slow Down", "SlowDown").await,
         Some(Mishap::InternalError) => {
@@ -134,6 +163,7 @@ async fn carry(mut client: TcpStream, to: u16, plan: Arc<Mutex<Plan>>) -> io::Re
         _ => {}
     }
     let answer = exchange(to, &request).await?;
+    let mishap = if plan.lock().cut { Some(Mishap::AnswerLost) } else { mishap };
     match mishap {
         Some(Mishap::AnswerLost) => Ok(()),
         Some(Mishap::AnswerTorn) => client.write_all(&answer[..answer.len() / 2]).await,

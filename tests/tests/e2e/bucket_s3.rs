@@ -8,7 +8,7 @@ use ebb_tests::{Node, Ran};
 #[test]
 fn an_empty_node_serves_everything_from_s3() {
     let server = Seaweed::start();
-    let node = || Node::prepare().s3_bucket(&server, "ebb/test");
+    let node = || Node::prepare().s3_bucket(&server.endpoint(), "ebb/test");
     let mut first = node().env("EBB_LOG", "trace");
     first.serve();
     first.ok(&["project", "create", "shop"]);
@@ -56,7 +56,7 @@ fn refused(mut command: Command) -> Ran {
 #[test]
 fn a_bucket_that_cannot_be_used_is_said_at_start() {
     let mut server = Seaweed::start();
-    let node = Node::prepare().s3_bucket(&server, "x");
+    let node = Node::prepare().s3_bucket(&server.endpoint(), "x");
     let command = || {
         let mut command = node.serve_command();
         command.env("EBB_LOG", "error");

@@ -9,6 +9,7 @@ mod diff;
 mod docs;
 mod drills;
 mod fsck;
+mod handover;
 mod import;
 mod kills;
 mod node_loss;

@@ -60,6 +60,15 @@ async fn a_client_of_any_node_reaches_a_branch_and_stays_through_hand_overs() {
         a.compute("shop/prod")["sessions"].as_array().is_some_and(|sessions| sessions.len() == 2)
     });
 
+    // Who asks at either hears of both.
+    for asked in [a, b] {
+        let who = asked.json(&["who", "shop/prod"]);
+        let rows = who["clients"].as_array().expect("clients are listed").iter();
+        let mut at: Vec<_> = rows.map(|row| (row["node"].as_str(), row["role"].as_str(), row["state"].as_str())).collect();
+        at.sort_unstable();
+        assert_eq!(at, ["a", "b"].map(|node| (Some(node), Some("app"), Some("idle"))));
+    }
+
     // A wrong password is refused by whoever is asked, and wakes nothing.
     a.suspend("shop/prod");
     let wakes = a.wakes("shop/prod");
@@ -96,6 +105,20 @@ async fn a_client_of_any_node_reaches_a_branch_and_stays_through_hand_overs() {
     assert_eq!(a.json(&["ledger", "verify", "shop"])["ok"], true);
     let unknown = b.ebb(&["compute", "move", "shop", "--to", "c"]);
     assert_eq!(unknown.code, 3, "{}", unknown.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_other_nodes_stay_when_an_owner_is_followed_by_a_new_server() {
+    let bucket = tempfile::tempdir().expect("a directory for the bucket");
+    let mut nodes = nodes(bucket.path(), &["a", "b"]);
+    nodes[0].ok(&["project", "create", "shop"]);
+    let url = nodes[0].url("shop/prod");
+    let guest = nodes[1].try_connect(&through(&nodes[1], &nodes[0], &url)).await.expect("the client is taken");
+    guest.batch_execute("set application_name = 'guest'; create table t ()").await.unwrap();
+    let mut old = nodes[0].begin_take_over();
+    nodes[0].end_take_over(&mut old);
+    let name: String = guest.query_one("show application_name", &[]).await.unwrap().get(0);
+    assert_eq!(name, "guest");
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! Two nodes on one bucket, and what happens to them.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
 
+use ebb_test_s3::{Mishap, Network, Seaweed};
 use ebb_tests::{Node, kill, pg_bin, wait_for};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
@@ -14,10 +18,54 @@ const TTL: &str = "3s";
 
 const NAMES: [&str; 2] = ["a", "b"];
 
+/// A node's processes call the time what this library reads in a file: Debian's libfaketime.
+const CLOCK_LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
+/// S3 refuses requests of a clock that differs more from its own (15 minutes), and then nothing works: that is known.
+const S3_CLOCK_SECONDS_MAX: i64 = 600;
+const CLOCK_SECONDS_MAX: i64 = 3 * 86_400;
+
+/// Where the nodes' objects are.
+pub enum Store {
+    /// A directory.
+    Directory(TempDir),
+    /// An S3 server, with a network of its own for each node.
+    S3 { server: Box<Seaweed>, networks: Vec<Network> },
+}
+
+impl Store {
+    pub fn directory() -> Self {
+        Self::Directory(tempfile::tempdir().expect("a directory for the bucket"))
+    }
+
+    pub async fn s3(seed: u64) -> Self {
+        let server = Box::new(Seaweed::start());
+        let mut networks = Vec::new();
+        for at in 0..NAMES.len() as u64 {
+            networks.push(Network::start(server.port(), seed.wrapping_add(at), 0.0).await);
+        }
+        Self::S3 { server, networks }
+    }
+
+    /// How often each mishap came to pass.
+    pub fn mishaps(&self) -> BTreeMap<Mishap, u64> {
+        let Self::S3 { networks, .. } = self else { return BTreeMap::new() };
+        let mut sums = BTreeMap::new();
+        for (mishap, times) in networks.iter().flat_map(Network::happened) {
+            *sums.entry(mishap).or_default() += times;
+        }
+        sums
+    }
+}
+
 /// The nodes. The bucket outlives them.
 pub struct Cluster {
     nodes: Vec<Node>,
-    bucket: TempDir,
+    pub store: Store,
+    /// Holds what each node takes for the time.
+    clocks: TempDir,
+    /// Servers that were started, alive or not.
+    servers: Vec<u32>,
     key: Vec<u8>,
     /// Processes that were stopped and will be let go on.
     paused: Vec<u32>,
@@ -28,11 +76,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    pub fn start() -> Self {
-        let bucket = tempfile::tempdir().expect("a directory for the bucket");
+    pub fn start(store: Store) -> Self {
         let mut cluster = Self {
             nodes: Vec::new(),
-            bucket,
+            store,
+            clocks: tempfile::tempdir().expect("a directory for the clocks"),
+            servers: Vec::new(),
             key: Vec::new(),
             paused: Vec::new(),
             down: None,
@@ -40,6 +89,7 @@ impl Cluster {
             doors: Vec::new(),
         };
         for at in 0..NAMES.len() {
+            cluster.set_clock(at, 0);
             let node = cluster.node(at);
             cluster.key = fs::read(node.data().join("secret.key")).expect("a node has a key");
             cluster.doors.push(node.proxy_port);
@@ -49,9 +99,15 @@ impl Cluster {
     }
 
     /// A node without anything but the key; in the place of a lost one it has its ports.
-    fn node(&self, at: usize) -> Node {
-        let mut node = Node::prepare().bucket(self.bucket.path());
+    fn node(&mut self, at: usize) -> Node {
+        let mut node = match &self.store {
+            Store::Directory(dir) => Node::prepare().bucket(dir.path()),
+            Store::S3 { networks, .. } => Node::prepare().s3_bucket(&networks[at].endpoint(), "histories"),
+        };
         node = node.env("EBB_NODE_NAME", NAMES[at]).env("EBB_NODE_TTL", TTL);
+        node = node.env("LD_PRELOAD", CLOCK_LIBRARY).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        node = node.env("FAKETIME_CACHE_DURATION", "1");
+        node = node.env("FAKETIME_TIMESTAMP_FILE", self.clock(at).to_str().expect("test paths are UTF-8"));
         if let Some(port) = self.doors.get(at) {
             node.proxy_port = *port;
         }
@@ -63,7 +119,19 @@ impl Cluster {
             fs::set_permissions(&path, private).expect("a key can be made private");
         }
         node.serve();
+        self.servers.push(node.server_pid());
         node
+    }
+
+    fn clock(&self, at: usize) -> PathBuf {
+        self.clocks.path().join(NAMES[at])
+    }
+
+    /// Lets a node's clock be ahead of the machine's, or behind. It is noticed within a second.
+    fn set_clock(&self, at: usize, ahead: i64) {
+        let (clock, fresh) = (self.clock(at), self.clocks.path().join("fresh"));
+        fs::write(&fresh, format!("{ahead:+}s\n")).expect("a clock can be written");
+        fs::rename(&fresh, &clock).expect("a clock can be set");
     }
 
     /// Makes the branch, its tables, and what is in them.
@@ -108,7 +176,8 @@ impl Cluster {
         let any = rng.random_range(0..self.nodes.len());
         let owner = self.owner().unwrap_or(any);
         let other = 1 - owner;
-        match rng.random_range(0..8) {
+        let kinds = if matches!(self.store, Store::S3 { .. }) { 14 } else { 10 };
+        match rng.random_range(0..kinds) {
             0 => {
                 let pids = postgres_of(&self.nodes[owner]);
                 if let Some(pid) = pids.get(rng.random_range(0..pids.len().max(1))) {
@@ -139,9 +208,42 @@ impl Cluster {
                 let moved = self.nodes[any].ebb(&["compute", "move", "shop", "--to", NAMES[other]]);
                 format!("moved to {}: {}", NAMES[other], moved.code)
             }
-            _ => {
+            7 => {
                 let asleep = self.nodes[any].ebb(&["compute", "suspend", "shop/prod"]);
                 format!("suspended: {}", asleep.code)
+            }
+            8 | 9 => {
+                let s3 = matches!(self.store, Store::S3 { .. });
+                let most = if s3 { S3_CLOCK_SECONDS_MAX } else { CLOCK_SECONDS_MAX };
+                let ahead = rng.random_range(-most..=most);
+                self.set_clock(any, ahead);
+                format!("set the clock of {} to {ahead:+} s", NAMES[any])
+            }
+            kind => self.bucket_fault(kind, owner, any, rng),
+        }
+    }
+
+    fn bucket_fault(&mut self, kind: u32, owner: usize, any: usize, rng: &mut StdRng) -> String {
+        let Store::S3 { server, networks } = &mut self.store else { unreachable!("a directory has no network") };
+        match kind {
+            10 => {
+                let rate = rng.random_range(0.05..0.4);
+                networks.iter().for_each(|network| network.roughen(rate));
+                format!("{:.0} % of requests to the bucket go wrong", rate * 100.0)
+            }
+            11 => {
+                let delay = Duration::from_millis(rng.random_range(20..400));
+                networks[any].delay(delay);
+                format!("the bucket is {} ms away from {}", delay.as_millis(), NAMES[any])
+            }
+            12 => {
+                networks[owner].cut(true);
+                format!("cut {} off from the bucket", NAMES[owner])
+            }
+            _ => {
+                server.kill();
+                server.restart();
+                "killed the bucket's server".to_owned()
             }
         }
     }
@@ -174,11 +276,27 @@ impl Cluster {
         self.nodes.iter().map(of).collect::<Vec<_>>().join("\n---\n")
     }
 
-    /// Undoes what does not pass by itself.
-    pub fn heal(&mut self) {
+    /// Undoes what nobody could live with for long, and sooner or later the rest.
+    pub fn heal(&mut self, rng: &mut StdRng) {
         self.paused.drain(..).for_each(|pid| kill("CONT", pid));
+        if let Store::S3 { networks, .. } = &self.store {
+            networks.iter().for_each(|network| network.cut(false));
+            if rng.random_bool(0.4) {
+                self.calm();
+            }
+        }
         if let Some(at) = self.down.take() {
             self.nodes[at].serve();
+            self.servers.push(self.nodes[at].server_pid());
+        }
+    }
+
+    /// Nothing happens any more on the way to the bucket.
+    pub fn calm(&self) {
+        let Store::S3 { networks, .. } = &self.store else { return };
+        for network in networks {
+            network.roughen(0.0);
+            network.delay(Duration::ZERO);
         }
     }
 
@@ -215,6 +333,11 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.paused.drain(..).for_each(|pid| kill("CONT", pid));
+        // Each server shares its clock with its units; one that was killed leaves that behind.
+        self.nodes.clear();
+        for (pid, name) in self.servers.iter().flat_map(|pid| [(pid, "faketime_shm"), (pid, "sem.faketime_sem")]) {
+            let _ = fs::remove_file(format!("/dev/shm/{name}_{pid}"));
+        }
     }
 }
 

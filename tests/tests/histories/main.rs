@@ -1,6 +1,7 @@
 //! Histories: clients append to lists and move money on one branch of two nodes, at durability `bucket`, while processes
-//! are killed and paused, nodes are lost with their disks, and the branch is suspended and handed over. What clients saw
-//! must be one history, with every acknowledged write in it. `docs/testing.md` tells how to run it for long.
+//! are killed and paused, nodes are lost with their disks, their clocks jump, the branch is suspended and handed over, and
+//! the way to the bucket is bad, slow or cut. What clients saw must be one history, with every acknowledged write in it.
+//! `docs/testing.md` tells how to run it for long.
 
 mod checker;
 mod clients;
@@ -13,7 +14,7 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
 use clients::{Accounts, Recorder};
-use cluster::Cluster;
+use cluster::{Cluster, Store};
 
 /// Faults in one run: `EBB_HISTORY_ROUNDS`.
 const ROUNDS: usize = 24;
@@ -27,11 +28,20 @@ fn number(name: &str, default: u64) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_happens_to_nodes_clients_see_one_history_with_all_that_was_acknowledged() {
+    history(async |_| Store::directory()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_happens_to_nodes_and_their_bucket_clients_see_one_history_with_all_that_was_acknowledged() {
+    history(Store::s3).await;
+}
+
+async fn history(store: impl AsyncFn(u64) -> Store) {
     let seed = number("EBB_SEED", rand::random());
     let rounds = number("EBB_HISTORY_ROUNDS", ROUNDS as u64);
     eprintln!("EBB_SEED={seed} EBB_HISTORY_ROUNDS={rounds}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut cluster = Cluster::start();
+    let mut cluster = Cluster::start(store(seed).await);
     cluster.prepare(LISTS, Accounts::COUNT);
 
     let recorder = Arc::new(Recorder::new(cluster.doors()));
@@ -49,9 +59,10 @@ async fn whatever_happens_to_nodes_clients_see_one_history_with_all_that_was_ack
             begun.elapsed().as_secs_f64(),
             recorder.acknowledged()
         );
-        cluster.heal();
+        cluster.heal(&mut rng);
     }
     recorder.stop();
+    cluster.calm();
     for client in clients.into_iter().chain(accounts) {
         client.await.expect("a client ends");
     }
@@ -62,5 +73,6 @@ async fn whatever_happens_to_nodes_clients_see_one_history_with_all_that_was_ack
     let faults = checker::check(&appends, &reads, &finals);
     assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
     eprintln!("{} appends, {} reads, {} transfers: one history", appends.len(), reads.len(), recorder.transfers());
+    eprintln!("mishaps of the bucket: {:?}", cluster.store.mishaps());
     cluster.judge();
 }

@@ -46,6 +46,7 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route(&of_branch("/checkpoints/{checkpoint}"), delete(routes::delete_checkpoint))
         .route(&of_branch("/drills"), get(drills::list_drills).post(drills::drill_branch))
         .route(&of_branch("/url"), get(routes::show_url))
+        .route(&of_branch("/clients"), get(routes::list_clients))
         .route(&of_branch("/compute"), get(routes::show_compute))
         .route(&of_branch("/compute/suspend"), post(routes::suspend_compute))
         .route(&of_branch("/compute/wake"), post(routes::wake_compute))

@@ -53,6 +53,7 @@ pub(super) fn done<T>(value: T) -> Answered<T> {
         super::drills::drill_branch,
         show_url,
         show_compute,
+        list_clients,
         suspend_compute,
         wake_compute,
         export,
@@ -237,6 +238,15 @@ pub(super) async fn show_compute(
     Path((project, branch)): Path<(String, String)>,
 ) -> Answered<Compute> {
     done(service.compute(&project, &branch).await?)
+}
+
+/// Who is connected to a branch, and who of them keeps its compute awake.
+#[utoipa::path(get, path = "/v1/projects/{project}/branches/{branch}/clients", params(("project" = String, Path), ("branch" = String, Path)), responses((status = 200, body = ClientList), (status = "default", body = Problem)))]
+pub(super) async fn list_clients(
+    State(service): Node,
+    Path((project, branch)): Path<(String, String)>,
+) -> Answered<ClientList> {
+    done(service.list_clients(&project, &branch)?)
 }
 
 /// Suspends a compute now.

@@ -324,6 +324,21 @@ pub struct Compute {
     pub visits: Vec<Visit>,
 }
 
+/// Answer to `GET …/clients`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ClientList {
+    /// How its compute is: `suspended`, `waking`, `active` or `suspending`.
+    pub state: String,
+    /// Since when.
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// Everyone who is connected, hibernated ones included, on whatever node; who came first stands first.
+    pub clients: Vec<SessionRow>,
+    /// Moments of the branch that are visited, each with clients of its own; oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub visits: Vec<Visit>,
+}
+
 /// A moment that is open for reading, as long as somebody reads.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Visit {

@@ -268,6 +268,21 @@ impl Service {
         Ok(api::Compute { state, since, unit, sessions, keeps_awake, wakes, visits })
     }
 
+    /// Who is connected to a branch.
+    ///
+    /// # Errors
+    /// If there is no such branch.
+    pub fn list_clients(&self, project: &str, branch: &str) -> Result<api::ClientList> {
+        let project = self.project(project)?;
+        let (id, created_at) = project.ledger.state().branch(branch).map(|(id, branch)| (id, branch.created_at))?;
+        let (state, since) = {
+            let cell = project.cell(id);
+            let inner = cell.inner.lock();
+            (inner.compute.as_str().to_owned(), known_since(inner.since_time, created_at))
+        };
+        Ok(api::ClientList { state, since, clients: self.clients.sessions(id), visits: self.visit_views(id) })
+    }
+
     /// Suspends a branch's compute now. Suspending one that sleeps changes nothing.
     ///
     /// # Errors

@@ -566,6 +566,33 @@ impl Service {
         }
     }
 
+    /// Leaves the computes to the service that follows on this node: they go on, and it adopts them. Clients of other nodes
+    /// are set aside first, within the deadline; they come back to whoever then answers. After this the service takes on no
+    /// more work.
+    pub async fn leave_running(self: &Arc<Self>, deadline: Duration) {
+        let until = Instant::now() + deadline;
+        let mut awake = Vec::new();
+        for project in self.own_projects() {
+            for &branch in project.ledger.state().branches.keys() {
+                if matches!(project.cell(branch).inner.lock().compute, Compute::Active(_)) {
+                    awake.push(branch);
+                }
+            }
+        }
+        // Never released: whoever holds clients lets them go when this service is gone.
+        let fences = awake.iter().map(|&branch| self.clients.fence(branch, deadline / 2, true));
+        let all = futures::future::join(futures::future::join_all(fences), self.end_visits());
+        if tokio::time::timeout_at(until.into(), all).await.is_err() {
+            tracing::warn!("some clients of other nodes were not set aside in time");
+        }
+        self.stopping.cancel();
+        self.tasks.close();
+        let rest = until.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+        if tokio::time::timeout(rest, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "some work did not end in time");
+        }
+    }
+
     async fn suspend_by(self: &Arc<Self>, project: Arc<Project>, branch: BranchId, until: Instant) {
         let cell = project.cell(branch);
         let _ops = cell.ops.clone().lock_owned().await;

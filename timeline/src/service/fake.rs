@@ -582,6 +582,7 @@ impl Clients for TestClients {
                 database: "app".to_owned(),
                 application: String::new(),
                 peer: "127.0.0.1:5".to_owned(),
+                node: None,
                 state: "pinned".to_owned(),
                 reason: Some("temporary table".to_owned()),
                 since_seconds: 1.0,

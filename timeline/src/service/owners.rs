@@ -151,6 +151,10 @@ impl Service {
         if self.may_act(project) {
             return Ok(Place::Here);
         }
+        if project.is_ours() && self.nodes.term().is_none() {
+            // The bucket cannot be asked, or would have been.
+            return Err(Error::Isolated);
+        }
         self.look_at(project).await?;
         let Some(owner) = project.ledger.state().owner else { return Ok(Place::Nowhere) };
         if owner.node == self.nodes.me() {
@@ -334,6 +338,17 @@ impl Service {
     /// Whether this node renews its record: then it may take over from others.
     pub fn is_renewing(&self) -> bool {
         self.nodes.term().is_some()
+    }
+
+    /// Whether what computes of this node have said by now may be told to clients: no other node can have taken over
+    /// before. Cheap enough to be asked with every message.
+    pub fn may_answer(&self) -> bool {
+        self.nodes.may_answer()
+    }
+
+    /// Whether another node has not renewed its record in time: what it owns is taken over, whatever it says.
+    pub fn is_gone(&self, node: NodeId) -> bool {
+        self.nodes.is_gone(node)
     }
 
     /// Stops everything as soon as other nodes may take this one for dead: not while they cannot reach the bucket, either.

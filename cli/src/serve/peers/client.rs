@@ -113,6 +113,21 @@ impl Peers {
         Ok(Self { identity, dir, clients, inner: Mutex::default(), stop })
     }
 
+    /// Cuts the links to nodes that have not renewed their records, whatever they say: what was asked of them is asked
+    /// again of whoever takes over, and what they still answer is not told to anybody. Goes on for ever.
+    pub async fn watch(&self, is_gone: impl Fn(NodeId) -> bool) {
+        loop {
+            tokio::time::sleep(TELL_EVERY).await;
+            let links: Vec<_> = self.inner.lock().links.iter().map(|(node, link)| (*node, link.clone())).collect();
+            for (node, link) in links {
+                if !link.gone.is_cancelled() && is_gone(node) {
+                    tracing::warn!(%node, "an owner's record has expired: its link is cut");
+                    link.gone.cancel();
+                }
+            }
+        }
+    }
+
     /// Wakes a branch at its owner: its generation, and a socket that leads there.
     ///
     /// # Errors
@@ -210,7 +225,11 @@ impl Peers {
             kept.gone.cancel();
             // Whatever was relayed is cut by now: sessions find their branch again with their next message.
             let branches = kept.branches.lock().clone();
-            branches.into_iter().for_each(|branch| peers.clients.lost(branch, u64::MAX));
+            for branch in branches {
+                peers.clients.lost(branch, u64::MAX);
+                // Who was held for the owner is held for nobody now.
+                peers.clients.release(branch);
+            }
             peers.forget(node, &kept);
         });
         Ok(link)
@@ -233,7 +252,7 @@ impl Peers {
                 let said = tokio::time::timeout(SILENCE_MAX, wire::receive(&mut reader)).await;
                 match said.map_err(io::Error::from)?? {
                     Said::Alive => {}
-                    Said::Order(order) => self.carry_out(order, &tell),
+                    Said::Order(order) => self.carry_out(order, &tell, &link.gone),
                 }
             }
         };
@@ -253,12 +272,20 @@ impl Peers {
         }
     }
 
-    fn carry_out(self: &Arc<Self>, Order { number, branch, what }: Order, tell: &mpsc::UnboundedSender<News>) {
+    fn carry_out(
+        self: &Arc<Self>,
+        Order { number, branch, what }: Order,
+        tell: &mpsc::UnboundedSender<News>,
+        gone: &CancellationToken,
+    ) {
         match what {
             What::Fence { deadline_ms, end_rest } => {
-                let (peers, tell) = (self.clone(), tell.clone());
+                let (peers, tell, gone) = (self.clone(), tell.clone(), gone.clone());
                 tokio::spawn(async move {
                     let fenced = peers.clients.fence(branch, Duration::from_millis(deadline_ms), end_rest).await;
+                    if gone.is_cancelled() {
+                        peers.clients.release(branch);
+                    }
                     let _ = tell.send(News::Fenced { number, blocked: fenced.err().unwrap_or_default() });
                 });
             }

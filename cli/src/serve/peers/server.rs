@@ -2,13 +2,15 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ebb_timeline::{Place, Service};
 use ebb_types::{BranchId, Hint as _};
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -96,7 +98,7 @@ impl PeerServer {
                 };
                 let postgres = ebb_proxy::connect_socket(&socket).await?;
                 wire::send(&mut stream, &Reply::Ready).await?;
-                splice(stream, postgres, gone).await
+                splice(stream, Owned { postgres, service: self.service.clone() }, gone).await
             }
             Request::Api => {
                 let api = TcpStream::connect(self.api).await?;
@@ -129,10 +131,44 @@ impl PeerServer {
 
 /// What a client at the other node may be told.
 fn refused(error: &ebb_timeline::Error) -> Reply {
-    if error.is_elsewhere() {
+    // Whoever asks then looks again who is the owner, or becomes it.
+    if error.is_elsewhere() || error.is_isolated() {
         return Reply::Elsewhere;
     }
     Reply::Refused { sqlstate: error.sql_state().as_str().to_owned(), message: error.to_string(), hint: error.hint() }
+}
+
+/// A Postgres of this node, as long as what it says may be told: a node that was paused, and taken over from meanwhile,
+/// does not answer with what was true before.
+struct Owned {
+    postgres: UnixStream,
+    service: Arc<Service>,
+}
+
+impl AsyncRead for Owned {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        std::task::ready!(Pin::new(&mut self.postgres).poll_read(cx, buf))?;
+        if self.service.may_answer() {
+            return Poll::Ready(Ok(()));
+        }
+        buf.set_filled(before);
+        Poll::Ready(Err(io::Error::other("another node may have taken over")))
+    }
+}
+
+impl AsyncWrite for Owned {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.postgres).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.postgres).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.postgres).poll_shutdown(cx)
+    }
 }
 
 async fn splice(

@@ -20,9 +20,10 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(seed: u64) -> Self {
+    /// Each history gives it a seed.
+    fn new() -> Self {
         let at = tempfile::tempdir().unwrap();
-        Self { disk: Disk::mount(at.path(), seed).unwrap(), _at: at }
+        Self { disk: Disk::mount(at.path(), 0).unwrap(), _at: at }
     }
 
     fn node(&self) -> Node {
@@ -160,9 +161,10 @@ impl History {
 
 #[test]
 fn a_power_cut_at_any_moment_takes_only_what_was_not_synced() {
-    let machine = Machine::new(rand::random());
+    let machine = Machine::new();
     for seed in seeds(150) {
         println!("seed {seed}");
+        machine.disk.reseed(seed);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut history = History::new(&machine, 1, seed);
         for _ in 0..rng.random_range(1..5) {
@@ -191,9 +193,10 @@ fn a_power_cut_at_any_moment_takes_only_what_was_not_synced() {
 
 #[test]
 fn a_power_cut_while_several_work_and_seal_takes_only_what_was_not_synced() {
-    let machine = Machine::new(rand::random());
+    let machine = Machine::new();
     for seed in seeds(40) {
         println!("seed {seed}");
+        machine.disk.reseed(seed);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut history = History::new(&machine, 3, seed);
         for _ in 0..3 {
@@ -247,10 +250,11 @@ impl Drop for Done<'_> {
 
 #[test]
 fn a_disk_that_cannot_sync_is_never_said_to_have_synced() {
-    let machine = Machine::new(rand::random());
+    let machine = Machine::new();
     let mut failed = 0;
     for seed in seeds(120) {
         println!("seed {seed}");
+        machine.disk.reseed(seed);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut history = History::new(&machine, 1, seed);
         history.workers[0].disk_may_fail = true;
@@ -281,10 +285,11 @@ fn a_disk_that_cannot_sync_is_never_said_to_have_synced() {
 
 #[test]
 fn a_full_disk_refuses_and_breaks_nothing() {
-    let machine = Machine::new(rand::random());
+    let machine = Machine::new();
     let mut refused = 0;
     for seed in seeds(120) {
         println!("seed {seed}");
+        machine.disk.reseed(seed);
         let mut rng = StdRng::seed_from_u64(seed);
         let mut history = History::new(&machine, 1, seed);
         for _ in 0..3 {
