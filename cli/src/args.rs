@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use ebb_compute::control::Durability;
 use ebb_compute::import::DumpFormat;
+use ebb_timeline::clients::Pinned;
 use ebb_timeline::drill::Probe;
 use ebb_timeline::upkeep::Schedule;
 use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
@@ -355,6 +356,15 @@ pub struct ServeArgs {
         num_args = 0..=1, require_equals = true, default_missing_value = "true"
     )]
     pub hydrate: Option<bool>,
+    /// How long a client is held while its branch wakes, or is restored [default: 30s]
+    #[arg(long, value_name = "TIME", env = "EBB_WAKE_BUDGET", hide_env_values = true)]
+    pub wake_budget: Option<String>,
+    /// Answer SELECT 1 of a client whose branch sleeps, rather than wake it [default: false]
+    #[arg(
+        long, value_name = "BOOL", env = "EBB_ANSWER_PINGS", hide_env_values = true,
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    pub answer_pings: Option<bool>,
     /// Bytes that layers may take on the disk of DATA [default: half of the file system]
     #[arg(long, value_name = "N", env = "EBB_CACHE_LIMIT", hide_env_values = true)]
     pub cache_limit: Option<u64>,
@@ -453,7 +463,7 @@ Examples:
   ebb branch set shop/prod --checkpoints hourly=24,daily=7,weekly=4 --drill-every 1d
   ebb branch set shop/prod --probe 'select count(*) > 0 from orders=t'",
         group = clap::ArgGroup::new("setting").required(true).multiple(true).args([
-            "idle_suspend", "window", "durability", "checkpoints", "drill_every", "probes", "no_probes",
+            "idle_suspend", "window", "durability", "pinned", "checkpoints", "drill_every", "probes", "no_probes",
         ])
     )]
     Set {
@@ -468,6 +478,10 @@ Examples:
         /// What a commit waits for: the disk of the node (local), or the bucket
         #[arg(long, value_name = "WHAT", value_parser = parse_durability)]
         durability: Option<Durability>,
+        /// What idle sessions with state that cannot be given back do (temporary tables, advisory locks, LISTEN …): keep
+        /// the branch awake (keep), or end when it would be asleep but for them (end)
+        #[arg(long, value_name = "WHAT", value_parser = parse_pinned)]
+        pinned: Option<Pinned>,
         /// How many automatic checkpoints are kept: hourly=24,daily=7,weekly=4, any part of it, or off
         #[arg(long, value_name = "KEEP")]
         checkpoints: Option<Schedule>,
@@ -660,6 +674,15 @@ pub fn parse_durability(text: &str) -> Result<Durability, String> {
         "local" => Ok(Durability::Local),
         "bucket" => Ok(Durability::Bucket),
         _ => Err("want local or bucket".to_owned()),
+    }
+}
+
+/// Reads what becomes of pinned sessions.
+pub fn parse_pinned(text: &str) -> Result<Pinned, String> {
+    match text {
+        "keep" => Ok(Pinned::Keep),
+        "end" => Ok(Pinned::End),
+        _ => Err("want keep or end".to_owned()),
     }
 }
 

@@ -86,6 +86,16 @@ impl Error {
         Self::Import { why: why.into(), hint: None }
     }
 
+    /// Whether the machine has not enough memory for what was tried.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            // The server's own words, in the C locale that it is started in.
+            Error::Start { why, .. } => why.contains("Cannot allocate memory") || why.contains("out of memory"),
+            Error::Os { source, .. } => source.kind() == io::ErrorKind::OutOfMemory,
+            _ => false,
+        }
+    }
+
     /// What the caller must do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {

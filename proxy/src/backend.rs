@@ -122,6 +122,12 @@ pub fn relayed_error(body: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Whether the body of an `ErrorResponse` says that a backend that waited for its client saw its postmaster vanish
+/// (`secure_read`, be-secure.c). Its code, `57P01`, is that of a backend that was terminated on purpose.
+pub fn is_postmaster_death(body: &[u8]) -> bool {
+    error_field(body, b'R') == Some(b"secure_read") && error_field(body, b'C') == Some(b"57P01")
+}
+
 /// A [`Said`] as bytes.
 pub fn encoded(said: &Said) -> Vec<u8> {
     let mut out = Vec::new();

@@ -9,7 +9,7 @@
 //!   standing of a session:
 //!     Apart    holds no backend and asks for none: new, hibernated, waiting at the gate
 //!     Working  holds a backend or is getting one
-//!     Busy     the same, and has said that it cannot come to the gate now (only under Refuse)
+//!     Busy     the same, and has said that it cannot come to the gate now (only where a fence may be refused)
 //!     Ready    stands at the gate, its state is in hand
 //!     Pinned   stands at the gate, its state cannot be given back
 //! ```
@@ -75,6 +75,8 @@ impl Doing {
 pub enum Order {
     /// End: a fence's deadline has passed.
     Fenced,
+    /// End: its state cannot be given back, and its branch does not stay awake for that.
+    Evicted,
     /// End: the proxy stops. Active sessions may finish their transaction.
     Drain,
     /// End: the proxy stops, its deadline has passed.
@@ -113,6 +115,8 @@ pub struct Seat {
     worked: AtomicU64,
     /// Something outside changed: an order was given, or the gate moved.
     attention: AtomicBool,
+    /// The session sleeps, but is to know when the compute is awake.
+    follows: AtomicBool,
     waker: AtomicWaker,
     order: Mutex<Option<Order>>,
     pin: Mutex<Option<String>>,
@@ -139,6 +143,7 @@ impl Seat {
             since: AtomicU64::new(0),
             worked: AtomicU64::new(0),
             attention: AtomicBool::new(false),
+            follows: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             order: Mutex::default(),
             pin: Mutex::default(),
@@ -156,6 +161,9 @@ impl Seat {
     pub fn set_doing(&self, doing: Doing) {
         let now = u64::try_from(self.made.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let before = self.doing();
+        if before == doing {
+            return;
+        }
         if matches!(before, Doing::Active | Doing::Waiting) {
             self.worked.store(now, Ordering::Relaxed);
         }
@@ -166,9 +174,19 @@ impl Seat {
         self.doing.store(doing as u8, Ordering::Relaxed);
     }
 
+    /// Notes whether the session is to know when the compute is awake, though it sleeps.
+    pub fn set_follows(&self, follows: bool) {
+        self.follows.store(follows, Ordering::Relaxed);
+    }
+
     /// Notes why the session cannot be hibernated.
     pub fn set_pin(&self, reason: Option<String>) {
         *self.pin.lock() = reason;
+    }
+
+    /// Why the session cannot be hibernated, if that is known.
+    pub fn pin(&self) -> Option<String> {
+        self.pin.lock().clone()
     }
 
     /// Notes the backend of the moment.
@@ -186,7 +204,7 @@ impl Seat {
     pub fn order(&self, order: Order) {
         {
             let mut held = self.order.lock();
-            if !matches!(*held, Some(Order::Fenced | Order::DrainNow)) {
+            if !matches!(*held, Some(Order::Fenced | Order::Evicted | Order::DrainNow)) {
                 *held = Some(order);
             }
         }
@@ -196,6 +214,14 @@ impl Seat {
     /// The order given, if any. It stays.
     pub fn ordered(&self) -> Option<Order> {
         *self.order.lock()
+    }
+
+    /// Takes back that the compute is gone: the session does without what that took with it.
+    pub fn forgive_loss(&self) {
+        let mut held = self.order.lock();
+        if *held == Some(Order::Lost) {
+            *held = None;
+        }
     }
 
     fn poke(&self) {
@@ -268,6 +294,13 @@ pub enum Gate {
     Closed,
 }
 
+impl Gate {
+    /// Whether the fence that comes up is one that a session at work refuses.
+    pub fn is_refusable(self) -> bool {
+        matches!(self, Gate::Gathering(Unreplayable::Refuse | Unreplayable::EndPinned))
+    }
+}
+
 /// How a session stands to the gate; the drawing above tells more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
@@ -303,6 +336,8 @@ struct Inner {
     waking: Option<Waking>,
     /// The compute as last heard of.
     awake: Option<Awake>,
+    /// How long the last wake took that succeeded.
+    usual_wake: Option<Duration>,
     /// When the last client to leave left.
     last_left: Option<Instant>,
 }
@@ -330,6 +365,7 @@ impl Branch {
                 of_role: HashMap::new(),
                 waking: None,
                 awake: None,
+                usual_wake: None,
                 last_left: None,
             }),
             settled: Notify::new(),
@@ -412,9 +448,15 @@ impl Branch {
             metrics::counter!("ebb_proxy_wakes_total", "result" => outcome).increment(1);
             let mut inner = branch.inner.lock();
             inner.waking = None;
+            if result.is_ok() {
+                inner.usual_wake = Some(begun.elapsed());
+            }
             // Under a fence the compute is about to change: what was just heard of it is old already.
             if let (Gate::Open, Ok(awake)) = (inner.gate, &result) {
                 inner.awake = Some(awake.clone());
+                for (seat, _) in inner.seats.values().filter(|(seat, _)| seat.follows.load(Ordering::Relaxed)) {
+                    seat.poke();
+                }
             }
             result
         });
@@ -431,6 +473,17 @@ impl Branch {
         }
         .boxed()
         .shared()
+    }
+
+    /// Whether the compute is awake, as far as is known, and nothing is about to change that.
+    pub fn is_awake(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.gate == Gate::Open && inner.awake.is_some()
+    }
+
+    /// How long the last wake took that succeeded.
+    pub fn usual_wake(&self) -> Option<Duration> {
+        self.inner.lock().usual_wake
     }
 
     /// Forgets a compute that does not answer any more.
@@ -501,10 +554,17 @@ impl Branch {
         {
             // Looking and moving on happen under one lock: no session settles otherwise in between.
             let mut inner = self.inner.lock();
-            let blocking = inner.blocking();
+            let mut blocking = inner.blocking();
             match rule {
                 Unreplayable::Refuse if !gathered || !blocking.is_empty() => return Err(Blocked(blocking)),
                 Unreplayable::Refuse => {}
+                Unreplayable::EndPinned => {
+                    blocking.retain(|info| !matches!(info.state, SessionState::Pinned { .. }));
+                    if !gathered || !blocking.is_empty() {
+                        return Err(Blocked(blocking));
+                    }
+                    inner.evict();
+                }
                 Unreplayable::End => inner.order_out(),
             }
             inner.move_gate(Gate::Detaching);
@@ -581,6 +641,15 @@ impl Inner {
         }
     }
 
+    /// Ends the sessions at the gate that cannot be given back.
+    fn evict(&self) {
+        for (seat, standing) in self.seats.values() {
+            if matches!(standing, Standing::Pinned(_)) {
+                seat.order(Order::Evicted);
+            }
+        }
+    }
+
     fn sessions(&self, which: impl Fn(&Standing) -> bool) -> Vec<SessionInfo> {
         let chosen = self.seats.values().filter(|(_, standing)| which(standing));
         let mut infos: Vec<_> = chosen.map(|(seat, _)| seat.info()).collect();
@@ -598,7 +667,7 @@ impl Inner {
                 Standing::Pinned(reason) => info.state = SessionState::Pinned { reason: reason.clone() },
                 // It may have finished just now; at the gate it had not.
                 Standing::Busy | Standing::Working => {
-                    if info.state != SessionState::Waiting {
+                    if !matches!(info.state, SessionState::Waiting | SessionState::Pinned { .. }) {
                         info.state = SessionState::Active;
                     }
                 }

@@ -99,6 +99,8 @@ pub struct Conversation {
     /// The last message of the server that ended was an `ErrorResponse`.
     error_last: bool,
     terminated: bool,
+    /// The client has sent something since somebody last asked to know.
+    heard: bool,
     settings: SettingNames,
     unnamed: Unnamed,
     /// A text that arrives in pieces.
@@ -123,6 +125,7 @@ impl Conversation {
             replied: false,
             error_last: false,
             terminated: false,
+            heard: false,
             settings: SettingNames::default(),
             unnamed: Unnamed::None,
             client_text: Vec::new(),
@@ -167,6 +170,16 @@ impl Conversation {
     /// Whether the server's last whole message was an `ErrorResponse`: its own words before it closes.
     pub fn ends_with_error(&self) -> bool {
         self.error_last && self.server.at_boundary()
+    }
+
+    /// Whether the client has sent anything since [`Conversation::listen_anew`].
+    pub fn has_heard(&self) -> bool {
+        self.heard
+    }
+
+    /// From now on it counts whether the client sends anything.
+    pub fn listen_anew(&mut self) {
+        self.heard = false;
     }
 
     /// Whether the client has sent `Terminate`.
@@ -224,6 +237,7 @@ impl Conversation {
     #[inline]
     pub fn client_sent(&mut self, bytes: &[u8], one_turn: bool) -> Result<usize, Malformed> {
         let mut rest = bytes;
+        self.heard = true;
         while self.awaiting.len() < AWAITING_MAX {
             let Some(piece) = self.client.next(&mut rest)? else { break };
             if piece.first && !is_frontend_tag(piece.tag) {

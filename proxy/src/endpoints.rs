@@ -157,6 +157,9 @@ impl Census {
 pub enum Unreplayable {
     /// Give up at the first one: everyone goes on as before. Used for suspending.
     Refuse,
+    /// Give up where somebody works; end those that are idle and cannot be given back with `57P05` and a hint. Used for
+    /// suspending a branch whose policy says so.
+    EndPinned,
     /// Wait for open transactions until the deadline, then end what is left with `57P01` and a hint. Used for restore
     /// and rollback.
     End,
@@ -183,7 +186,7 @@ pub trait Sessions: Debug + Send + Sync + 'static {
     /// When it returns `Ok`, no session holds a backend, and none will ask for a wake until [`Sessions::release`].
     ///
     /// # Errors
-    /// [`Blocked`] under [`Unreplayable::Refuse`]; the fence is down again.
+    /// [`Blocked`] under [`Unreplayable::Refuse`] and [`Unreplayable::EndPinned`]; the fence is down again.
     async fn fence(&self, branch: BranchId, deadline: Duration, rule: Unreplayable) -> Result<(), Blocked>;
 
     /// Lets everyone go on: held messages wake the branch and are answered by whatever is then behind it.

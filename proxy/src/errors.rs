@@ -132,6 +132,12 @@ impl Said {
             .hint("Connect as a role that existed then and was no superuser.")
     }
 
+    /// A wish of the client's that is neither on nor off.
+    pub fn not_a_switch(name: &str, value: &str) -> Self {
+        Self::fatal(SqlState::INVALID_PARAMETER_VALUE, format!("setting \"{name}\" is not a switch: {value:?}"))
+            .hint("Want on or off.")
+    }
+
     /// No `user` in the start-up packet.
     pub fn no_user() -> Self {
         Self::fatal(SqlState::INVALID_AUTHORIZATION, "no user name given in the startup packet")
@@ -241,28 +247,33 @@ impl Said {
 
     // Waiting.
 
-    /// The wake budget is spent.
-    pub fn still_waking(budget: Duration) -> Self {
+    /// The wake budget is spent; `usual` is how long the branch's last wake took.
+    pub fn still_waking(budget: Duration, usual: Option<Duration>) -> Self {
+        let usual = match usual {
+            Some(usual) => format!("the branch's last wake took {:.1} s", usual.as_secs_f64()),
+            None => "a wake usually takes well under a second".to_owned(),
+        };
         Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the compute is still waking")
             .detail(format!("It did not answer within {} s.", budget.as_secs_f64()))
-            .hint("Try again: a wake usually takes well under a second, and this one goes on meanwhile.")
+            .hint(format!("Try again in a second: {usual}, and this one goes on meanwhile."))
     }
 
     /// The endpoint stayed fenced for the whole wake budget.
     pub fn still_fenced(budget: Duration) -> Self {
         Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the branch is busy with an operation")
             .detail(format!("New work was held for {} s.", budget.as_secs_f64()))
-            .hint("Try again: the operation (a suspend, restore or rollback) goes on meanwhile.")
+            .hint("Try again in a few seconds: the operation (a suspend, restore or rollback) goes on meanwhile.")
     }
 
-    /// A wait that has become long enough to be worth a word.
-    pub fn waiting() -> Self {
+    /// A wait that has become long enough to be worth a word: for a fence, or for a wake.
+    pub fn waiting(fenced: bool) -> Self {
+        let what = if fenced { "the branch's operation to end" } else { "the compute to wake" };
         Self {
             severity: Severity::Notice,
             sqlstate: SqlState::CANNOT_CONNECT_NOW,
-            message: "waiting for the compute to wake".to_owned(),
+            message: format!("waiting for {what}"),
             detail: None,
-            hint: None,
+            hint: Some("The connection option -c ebb.notice=off turns this notice off.".to_owned()),
         }
     }
 
@@ -285,6 +296,16 @@ impl Said {
         Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection because the branch is being switched")
             .detail(format!("The session could not be kept: {reason}."))
             .hint("Reconnect; an open transaction was rolled back.")
+    }
+
+    /// What the session holds would keep its branch awake, and the branch's policy is not to be; `reason` is that.
+    pub fn evicted(reason: &str) -> Self {
+        Self::fatal(SqlState::IDLE_SESSION_TIMEOUT, "terminating connection because its idle branch is suspended")
+            .detail(format!("The session could not be kept: {reason}."))
+            .hint(
+                "Reconnect. Sessions without such state are kept; `ebb branch set PROJECT/BRANCH --pinned keep` keeps the \
+                 branch awake for those that have it.",
+            )
     }
 
     /// The proxy itself is stopping.
@@ -352,7 +373,7 @@ mod tests {
     #[test]
     fn a_notice_has_the_code_of_success() {
         let mut out = Vec::new();
-        Said::waiting().encode(&mut out);
+        Said::waiting(false).encode(&mut out);
         assert_eq!(out[0], b'N');
         assert!(out.windows(8).any(|bytes| bytes == b"\0C00000\0"));
     }

@@ -7,7 +7,7 @@
 //! - prepared statements of the protocol: by `Parse`; those of SQL: by their own text; the unnamed one: by `Parse`.
 //!
 //! What pins a session, because it lives in the backend alone: temporary objects, advisory locks, `LISTEN`, holdable
-//! cursors, replication. Not seen, and lost: `currval`/`lastval`, `setseed`, what `LOAD` loaded, state inside
+//! cursors; streams of WAL are another matter ([`crate::replication`]). Not seen, and lost: `currval`/`lastval`, `setseed`, what `LOAD` loaded, state inside
 //! procedural languages, custom settings whose names appear nowhere (see [`crate::settings`]).
 //!
 //! All queries are qualified down to operators, so that no `search_path` shadows them, and go through named
@@ -19,6 +19,7 @@ use std::io;
 use tokio::io::AsyncWriteExt;
 
 use crate::conversation::{Conversation, Parameter};
+use crate::lexical::begins_with;
 use crate::unix::UnixStream;
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
@@ -113,7 +114,7 @@ pub async fn examine(
         return Ok(Examined::Pinned(format!("settings and statements of more than {KEPT_MAX} bytes")));
     }
     for statement in kept.statements.iter().filter(|statement| matches!(statement.origin, Origin::Sql)) {
-        if !begins_with_prepare(&statement.text) || !replies.is_one_statement(&statement.text).await? {
+        if !begins_with(&statement.text, b"prepare") || !replies.is_one_statement(&statement.text).await? {
             let name = String::from_utf8_lossy(&statement.name);
             return Ok(Examined::Pinned(format!("prepared statement \"{name}\" made together with other commands")));
         }
@@ -194,6 +195,17 @@ enum Part<'a> {
 }
 
 impl Kept {
+    /// The text of a statement of the protocol that takes no parameters.
+    pub fn statement_without_parameters(&self, name: &[u8]) -> Option<&[u8]> {
+        let statement = self.statements.iter().find(|statement| *statement.name == *name)?;
+        matches!(&statement.origin, Origin::Protocol(types) if types.is_empty()).then_some(&*statement.text)
+    }
+
+    /// Notes another unnamed statement: the body of its `Parse`.
+    pub fn set_unnamed(&mut self, body: Option<&[u8]>) {
+        self.unnamed = body.map(Into::into);
+    }
+
     /// Takes one row of the state query; the error is a reason to pin.
     fn take_row(&mut self, row: &[u8]) -> Result<(), String> {
         let broken = || "its state could not be understood".to_owned();
@@ -382,38 +394,6 @@ fn rank(setting: &[u8]) -> u8 {
     }
 }
 
-/// Whether a text's first word, after blanks and comments, is `PREPARE`.
-fn begins_with_prepare(text: &[u8]) -> bool {
-    let mut rest = text.trim_ascii_start();
-    loop {
-        if let Some(comment) = rest.strip_prefix(b"--") {
-            let end = comment.iter().position(|&b| b == b'\n').unwrap_or(comment.len());
-            rest = comment[end..].trim_ascii_start();
-        } else if rest.starts_with(b"/*") {
-            let Some(after) = skip_block_comment(rest) else { return false };
-            rest = after.trim_ascii_start();
-        } else {
-            let word = rest.get(..7).is_some_and(|word| word.eq_ignore_ascii_case(b"prepare"));
-            return word && !rest.get(7).is_some_and(|&b| b.is_ascii_alphanumeric() || b == b'_');
-        }
-    }
-}
-
-/// Block comments nest (PostgreSQL 15, 4.1.5).
-fn skip_block_comment(text: &[u8]) -> Option<&[u8]> {
-    let (mut at, mut depth) = (0, 0_usize);
-    loop {
-        match text.get(at..at + 2)? {
-            b"/*" => (at, depth) = (at + 2, depth + 1),
-            b"*/" => (at, depth) = (at + 2, depth - 1),
-            _ => at += 1,
-        }
-        if depth == 0 {
-            return text.get(at..);
-        }
-    }
-}
-
 /// Reads `{23,25}`.
 fn parse_oids(text: &[u8]) -> Option<Box<[u32]>> {
     let inner = std::str::from_utf8(text).ok()?.strip_prefix('{')?.strip_suffix('}')?;
@@ -477,17 +457,6 @@ fn sync(out: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn prepare_is_found_behind_blanks_and_comments() {
-        for good in ["PREPARE a AS SELECT 1", " \n prepare a as select 1", "-- x\n/* a /* b */ */PREPARE x", "prepare"]
-        {
-            assert!(begins_with_prepare(good.as_bytes()), "{good:?}");
-        }
-        for bad in ["", "prepared", "select 1; prepare a as select 1", "/* prepare", "-- prepare", "DO $$ $$", "/*/"] {
-            assert!(!begins_with_prepare(bad.as_bytes()), "{bad:?}");
-        }
-    }
 
     #[test]
     fn type_lists_are_read() {

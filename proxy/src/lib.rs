@@ -10,7 +10,7 @@
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
 //!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
-//!          proxy_protocol
+//!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)   proxy_protocol
 //!   rim:   proxy, door (who comes in), login, session, relay, backend, cancel, tls, certificates
 //!   shared by the sessions of a branch: branch (gate, single-flight wake)
 //!   shared by all: strangers (places of the unauthenticated), limits (rates)
@@ -28,7 +28,7 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, answering health pings, version 1 of the PROXY protocol, certificates instead of passwords.
+//! Deliberately absent: pooling, version 1 of the PROXY protocol, certificates instead of passwords.
 
 mod backend;
 mod branch;
@@ -42,11 +42,14 @@ mod frame;
 mod haste;
 mod hibernate;
 mod lanes;
+mod lexical;
 mod limits;
 mod login;
+mod pings;
 mod proxy;
 mod proxy_protocol;
 mod relay;
+mod replication;
 mod scram;
 mod session;
 mod settings;
@@ -57,6 +60,7 @@ mod tls;
 mod unix;
 mod waits;
 mod wire;
+mod wishes;
 
 pub use backend::connect as connect_socket;
 pub use certificates::GivenFiles;

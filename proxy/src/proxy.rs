@@ -63,6 +63,9 @@ pub struct ProxyConfig {
     pub domain: String,
     /// How long a client is held while its compute wakes or its endpoint is fenced. Default 30 s; then `57P03`.
     pub wake_budget: Duration,
+    /// Whether `SELECT 1` of a client whose session sleeps is answered here instead of waking its compute. Default no; a
+    /// client may wish otherwise (`ebb.pings`). Empty queries are always answered here.
+    pub answer_pings: bool,
     /// How long a peer may take to say who it is. Default 15 s; then it is cut.
     pub login_timeout: Duration,
     /// How long active sessions may go on when the proxy drains. Default 5 s; then `57P01`.
@@ -97,6 +100,7 @@ impl ProxyConfig {
             tls_dir: tls_dir.into(),
             domain: "localhost".to_owned(),
             wake_budget: Duration::from_secs(30),
+            answer_pings: false,
             login_timeout: Duration::from_secs(15),
             drain_deadline: Duration::from_secs(5),
             sessions_per_endpoint_max: 10_000,

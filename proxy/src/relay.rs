@@ -12,10 +12,12 @@
 use std::io;
 use std::task::{Context, Poll};
 
+use crate::backend::is_postmaster_death;
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::{Conversation, Malformed};
-use crate::endpoints::Unreplayable;
-use crate::haste::Haste;
+use crate::haste::{Haste, Turn};
+use crate::pings::is_ping;
+use crate::replication::Walstream;
 use crate::stream::{Buffer, ClientStream};
 use crate::unix::UnixStream;
 
@@ -70,6 +72,10 @@ pub struct Link<'a> {
     pub branch: &'a Branch,
     /// Bytes passed on, up and down.
     pub passed: &'a mut [u64; 2],
+    /// Whether `SELECT 1` is a ping.
+    pub select_one: bool,
+    /// The stream of WAL, on a replication connection.
+    pub walstream: Option<&'a mut Walstream>,
     flow: Flow,
 }
 
@@ -81,6 +87,8 @@ struct Flow {
     /// The proxy drains.
     draining: bool,
     active: bool,
+    /// All that is under way is a ping, which is no work.
+    pinged: bool,
     backend_eof: bool,
     /// The client's stream holds bytes back (TLS).
     unflushed: bool,
@@ -102,11 +110,12 @@ impl<'a> Link<'a> {
     ) -> Self {
         let active = !conversation.is_idle() || up.has_held();
         let flow = Flow { active, ..Flow::default() };
-        Self { client, backend, up, down, conversation, seat, branch, passed, flow }
+        Self { client, backend, up, down, conversation, seat, branch, passed, select_one: false, walstream: None, flow }
     }
 
     /// Moves bytes until there is a reason not to. Cancel-safe.
     pub async fn run(&mut self) -> Pause {
+        self.flow.active &= !self.follows();
         self.seat.set_doing(if self.flow.active { Doing::Active } else { Doing::Idle });
         // The gate may have moved, or an order been given, before anyone listened here.
         if let Some(pause) = self.look_up() {
@@ -143,9 +152,12 @@ impl<'a> Link<'a> {
             None => {}
         }
         let gate = self.branch.gate();
-        if gate == Gate::Gathering(Unreplayable::Refuse) && (!self.may_stop() || self.up.has_held()) {
+        if gate.is_refusable() && (!self.may_stop() || self.up.has_held()) {
             // Nobody is held up for a suspend that will not happen.
             self.branch.stand(self.seat.sitter.conn, Standing::Busy);
+            if let Some(walstream) = self.walstream.as_ref().filter(|walstream| walstream.is_streaming()) {
+                self.seat.set_pin(walstream.quiet().err().map(str::to_owned));
+            }
             self.flow.gated = self.flow.draining;
         } else {
             self.flow.gated = gate != Gate::Open || self.flow.draining;
@@ -154,7 +166,16 @@ impl<'a> Link<'a> {
     }
 
     fn may_stop(&self) -> bool {
-        self.conversation.is_at_rest() && !self.up.has_released() && self.down.is_empty() && !self.flow.unflushed
+        let at_rest = match &self.walstream {
+            Some(walstream) if walstream.is_streaming() => walstream.quiet().is_ok() && !self.up.has_held(),
+            _ => self.conversation.is_at_rest(),
+        };
+        at_rest && !self.up.has_released() && self.down.is_empty() && !self.flow.unflushed
+    }
+
+    /// Whether the client only follows the work of others.
+    fn follows(&self) -> bool {
+        self.walstream.as_ref().is_some_and(|walstream| walstream.is_streaming())
     }
 
     /// Moves what can be moved now; ready with the reason to stop.
@@ -163,6 +184,7 @@ impl<'a> Link<'a> {
             if self.flow.gated && self.may_stop() {
                 return Poll::Ready(if self.flow.draining { Pause::AtRest } else { Pause::AtGate });
             }
+            let before = self.passed[0] + self.passed[1];
             let mut moved = match self.pump_up(cx) {
                 Ok(moved) => moved,
                 Err(pause) => return Poll::Ready(pause),
@@ -171,15 +193,13 @@ impl<'a> Link<'a> {
                 Ok(moved) => moved,
                 Err(pause) => return Poll::Ready(pause),
             };
-            let active = !self.conversation.is_idle();
+            let active = !self.conversation.is_idle() && !self.flow.pinged && !self.follows();
             if active != self.flow.active {
                 self.flow.active = active;
-                if active {
-                    self.seat.set_pin(None);
-                }
                 self.seat.set_doing(if active { Doing::Active } else { Doing::Idle });
             }
-            if self.passed[0] + self.passed[1] >= COUNT_AFTER {
+            let passed = self.passed[0] + self.passed[1];
+            if passed >= COUNT_AFTER {
                 count_passed(self.passed);
             }
             if !moved {
@@ -187,7 +207,7 @@ impl<'a> Link<'a> {
                 self.down.free();
                 return Poll::Pending;
             }
-            self.flow.haste.moved();
+            self.flow.haste.moved(passed - before, if active { Turn::Backend } else { Turn::Client });
         }
     }
 
@@ -202,7 +222,19 @@ impl<'a> Link<'a> {
             }
         }
         if self.up.has_held() && (!self.flow.gated || self.conversation.wants_client()) {
+            // A ping keeps no compute awake.
+            let turn_begins = self.conversation.is_idle() && self.conversation.client_at_boundary();
+            self.flow.pinged = turn_begins && is_ping(self.up.held(), self.select_one);
             let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
+            if let Some(walstream) = &mut self.walstream {
+                walstream.client_sent(&self.up.held()[..count]);
+            }
+            if count > 0 && !self.flow.active && !self.flow.pinged && !self.follows() {
+                // Noted here, because all of it may be answered before this poll is over.
+                self.flow.active = true;
+                self.seat.set_pin(None);
+                self.seat.set_doing(Doing::Active);
+            }
             self.up.release(count);
             self.passed[0] += count as u64;
             moved |= count > 0;
@@ -225,7 +257,14 @@ impl<'a> Link<'a> {
             match self.down.poll_fill(cx, self.backend) {
                 Poll::Ready(Ok(1..)) if !self.branch.may_answer() => return Err(Pause::Unowned),
                 Poll::Ready(Ok(count @ 1..)) => {
+                    if self.down.held()[0] == b'E' && self.says_that_all_ends() {
+                        self.down.discard_held();
+                        return Err(Pause::ServerGone);
+                    }
                     self.conversation.server_sent(self.down.held()).map_err(|_| Pause::ServerMalformed)?;
+                    if let Some(walstream) = &mut self.walstream {
+                        walstream.server_sent(self.down.held());
+                    }
                     self.down.release(count);
                     self.passed[1] += count as u64;
                     moved = true;
@@ -255,6 +294,14 @@ impl<'a> Link<'a> {
             return Err(Pause::ServerGone);
         }
         Ok(moved)
+    }
+
+    /// Whether what an idle backend says is that its postmaster was killed. What that means to the client is for the session
+    /// to say.
+    #[cold]
+    fn says_that_all_ends(&self) -> bool {
+        let words = self.down.held();
+        self.conversation.is_at_rest() && words.get(5..).is_some_and(is_postmaster_death)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

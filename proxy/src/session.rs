@@ -9,8 +9,8 @@
 //! ```
 //!
 //! **Invariants**: the client sees an answer to every message it sent, in order, or an error and the end. Answers to
-//! the proxy's own questions never reach it. While hibernated, only its next message leads to a wake, and a
-//! `Terminate` is none.
+//! the proxy's own questions never reach it. While hibernated, only its next message leads to a wake; a `Terminate` and
+//! a ping (`pings`) do not.
 //!
 //! **Cancellation**: dropping a session closes both sides; its seat and its cancel key go with it.
 
@@ -29,21 +29,30 @@ use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standi
 use crate::cancel::{CancelTarget, IssuedKey};
 use crate::conversation::Conversation;
 use crate::door::{no_seat, refused};
-use crate::endpoints::{Awake, EndpointError, Unreplayable};
+use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
 use crate::proxy::Shared;
 use crate::relay::{Link, Pause, count_passed};
+use crate::replication::{self, History, Resume, Walstream};
 use crate::stream::{Buffer, ClientStream};
 use crate::unix::UnixStream;
 use crate::waits::{Stage, Wait};
 use crate::wire::{cstr, error_field, message};
+use crate::wishes::Wishes;
+
+mod sleeping;
 
 /// After how long a wait deserves a word.
 const NOTICE_AFTER: Duration = Duration::from_secs(1);
 /// Between two tries to reach a compute that should be there.
 const RETRY_AFTER: Duration = Duration::from_millis(20);
+/// How often a stream of WAL is looked at, whether it has become quiet.
+const STREAM_LOOK: Duration = Duration::from_millis(200);
+/// LIMIT: between two wakes, after one that failed for a reason that may pass.
+const WAKE_AGAIN_MIN: Duration = Duration::from_millis(250);
+const WAKE_AGAIN_MAX: Duration = Duration::from_secs(2);
 /// LIMIT: how long a backend may take to close once it is told to.
 const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// LIMIT: how long the last words of a dead compute may take to arrive.
@@ -94,9 +103,16 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
 }
 
 async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
-    let Login { client, startup, endpoint, role, peer } = login;
+    let Login { client, mut startup, endpoint, role, peer } = login;
     let span = tracing::Span::current();
     span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
+    let wishes = match Wishes::take(&mut startup, shared.config.answer_pings) {
+        Ok(wishes) => wishes,
+        Err(said) => {
+            note_connect("refused", said.sqlstate());
+            return client.goodbye(&encoded(&said)).await;
+        }
+    };
     let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
@@ -123,12 +139,14 @@ async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
         branch,
         client,
         startup: startup.encode().into(),
-        replication: startup.is_replication(),
+        walstream: startup.is_replication().then(Box::default),
+        wishes,
         seat,
         conversation: Conversation::new(),
         up: Buffer::default(),
         down: Buffer::default(),
         kept: None,
+        known: None,
         introduced: false,
         generation: 0,
         passed: [0; 2],
@@ -170,6 +188,8 @@ enum Tried {
     Fenced,
     /// Nobody answered, or not yet.
     Unreachable,
+    /// There is none now, for a reason that may pass.
+    NotNow(EndpointError),
 }
 
 /// A backend that has been brought to where the client left off.
@@ -177,6 +197,7 @@ struct Attached {
     awake: Awake,
     backend: Backend,
     replayed: Replayed,
+    history: Option<History>,
 }
 
 enum TryError {
@@ -192,7 +213,9 @@ struct Session {
     client: ClientStream,
     /// The start-up packet for each backend.
     startup: Box<[u8]>,
-    replication: bool,
+    /// On a replication connection: the stream of WAL.
+    walstream: Option<Box<Walstream>>,
+    wishes: Wishes,
     seat: Arc<Seat>,
     key: IssuedKey,
     conversation: Conversation,
@@ -200,6 +223,8 @@ struct Session {
     down: Buffer,
     /// The state to give back, while there is no backend; `None` before the first.
     kept: Option<Arc<Kept>>,
+    /// The state that the backend has as long as the client sends nothing: what it was given, or was read of it last.
+    known: Option<Arc<Kept>>,
     /// Whether it has had a backend.
     introduced: bool,
     /// The compute it is, or was last, attached to.
@@ -257,8 +282,14 @@ impl Session {
             None => Ok(()),
             Some(Order::Drain | Order::DrainNow) => Err(End::Say(Said::draining(false))),
             Some(Order::Fenced) => Err(End::Say(Said::fenced_out("it did not come to rest in time"))),
+            Some(Order::Evicted) => Err(End::Say(self.evicted())),
             Some(Order::Lost) => Err(End::Say(Said::compute_lost(false))),
         }
+    }
+
+    fn evicted(&self) -> Said {
+        metrics::counter!("ebb_proxy_evictions_total").increment(1);
+        Said::evicted(&self.seat.pin().unwrap_or_else(|| "it cannot be given back".to_owned()))
     }
 
     fn conn(&self) -> u64 {
@@ -287,24 +318,33 @@ impl Session {
         wait: &Wait,
     ) -> Result<Box<Attached>, End> {
         let budget = self.shared.config.wake_budget;
+        let mut not_now = None;
+        let mut retry_after = RETRY_AFTER;
         loop {
             self.obey()?;
             if self.branch.begin_work(self.conn()) {
                 match self.attach_once(deadline, notice_at, wait).await? {
                     Tried::Attached(attached) => return Ok(attached),
-                    Tried::Fenced | Tried::Unreachable => {}
+                    Tried::Fenced | Tried::Unreachable => retry_after = RETRY_AFTER,
+                    Tried::NotNow(error) => {
+                        retry_after = (retry_after * 2).clamp(WAKE_AGAIN_MIN, WAKE_AGAIN_MAX);
+                        not_now = Some(error);
+                    }
                 }
                 wait.enter(Stage::Gate);
             }
             // At the gate until it moves, or between two tries.
-            let pause = if self.branch.gate() == Gate::Open { RETRY_AFTER } else { budget };
+            let pause = if self.branch.gate() == Gate::Open { retry_after } else { budget };
             tokio::select! {
                 () = self.seat.attention() => {}
                 () = sleep(pause) => {}
                 () = sleep_until(*notice_at) => self.notice(notice_at).await?,
                 () = sleep_until(deadline) => {
-                    let open = self.branch.gate() == Gate::Open;
-                    return Err(End::Say(if open { Said::still_waking(budget) } else { Said::still_fenced(budget) }));
+                    return Err(End::Say(match (self.branch.gate(), not_now) {
+                        (Gate::Open, Some(error)) => error.into(),
+                        (Gate::Open, None) => Said::still_waking(budget, self.branch.usual_wake()),
+                        _ => Said::still_fenced(budget),
+                    }));
                 }
             }
         }
@@ -313,8 +353,9 @@ impl Session {
     /// One try. A fence that comes up meanwhile calls it off.
     async fn attach_once(&mut self, deadline: Instant, notice_at: &mut Instant, wait: &Wait) -> Result<Tried, End> {
         let seat = self.seat.clone();
+        let again = Again { kept: self.kept.clone(), stream: self.walstream.as_ref().map(|stream| stream.resume()) };
         let (shared, branch, wait) = (self.shared.clone(), self.branch.clone(), wait.clone());
-        let trying = try_attach(shared, branch, self.startup.clone(), self.kept.clone(), seat.clone(), wait);
+        let trying = try_attach(shared, branch, self.startup.clone(), again, seat.clone(), wait);
         let mut trying = Box::pin(trying);
         let result = loop {
             tokio::select! {
@@ -324,8 +365,8 @@ impl Session {
                     match self.branch.gate() {
                         Gate::Open => {}
                         // The client waits for the very compute that is to be suspended.
-                        Gate::Gathering(Unreplayable::Refuse) => self.branch.stand(self.conn(), Standing::Busy),
-                        Gate::Gathering(Unreplayable::End) | Gate::Detaching | Gate::Closed => {
+                        gate if gate.is_refusable() => self.branch.stand(self.conn(), Standing::Busy),
+                        Gate::Gathering(_) | Gate::Detaching | Gate::Closed => {
                             drop(trying);
                             self.branch.stand(self.conn(), Standing::Apart);
                             return Ok(Tried::Fenced);
@@ -334,13 +375,19 @@ impl Session {
                 }
                 () = sleep_until(*notice_at) => self.notice(notice_at).await?,
                 () = sleep_until(deadline) => {
-                    return Err(End::Say(Said::still_waking(self.shared.config.wake_budget)));
+                    let budget = self.shared.config.wake_budget;
+                    return Err(End::Say(Said::still_waking(budget, self.branch.usual_wake())));
                 }
             }
         };
         drop(trying);
         let generation = match result {
             Ok(attached) => return Ok(Tried::Attached(Box::new(attached))),
+            // What says so itself may be gone with the next try; anything else is the same again.
+            Err(TryError::Endpoint(error)) if error.sqlstate == SqlState::CANNOT_CONNECT_NOW => {
+                self.branch.stand(self.conn(), Standing::Apart);
+                return Ok(Tried::NotNow(error));
+            }
             Err(TryError::Endpoint(error)) => return Err(End::Say(error.into())),
             Err(TryError::NotAdmitted) => return Err(End::Say(Said::not_admitted(&seat.sitter.role))),
             Err(TryError::Start { generation, error }) => match error {
@@ -369,7 +416,10 @@ impl Session {
     /// Tells the client, once, that it is waiting.
     async fn notice(&mut self, at: &mut Instant) -> Result<(), End> {
         *at = Instant::now() + self.shared.config.wake_budget * 2;
-        self.send(&encoded(&Said::waiting())).await
+        if !self.wishes.notice {
+            return Ok(());
+        }
+        self.send(&encoded(&Said::waiting(self.branch.gate() != Gate::Open))).await
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
@@ -378,7 +428,10 @@ impl Session {
 
     /// Tells the client what it has to know of its new backend: all of it the first time, changes later.
     async fn introduce(&mut self, attached: Attached) -> Result<UnixStream, End> {
-        let Attached { awake, backend, replayed } = attached;
+        let Attached { awake, backend, replayed, history } = attached;
+        if let (Some(walstream), Some(history)) = (&mut self.walstream, history) {
+            walstream.set_history(history);
+        }
         let target = CancelTarget { socket: awake.socket, key: backend.key };
         self.generation = awake.generation;
         self.seat.set_backend(awake.generation, Some(target));
@@ -393,7 +446,11 @@ impl Session {
             }
         }
         out.extend_from_slice(&backend.notices);
-        if self.kept.take().is_none() {
+        let given = self.kept.take();
+        let first = given.is_none();
+        self.known = Some(given.unwrap_or_default());
+        self.conversation.listen_anew();
+        if first {
             self.introduced = true;
             note_connect("ok", "");
             message(&mut out, b'K', |body| {
@@ -418,7 +475,13 @@ impl Session {
     /// Relays until the session is hibernated (`Ok`) or ends.
     async fn attached(&mut self, backend: &mut UnixStream) -> Result<(), End> {
         loop {
-            let pause = self.link(backend).run().await;
+            let pause = if self.walstream.is_some() {
+                // Whether a stream is quiet is a matter of time, too.
+                let Ok(pause) = timeout(STREAM_LOOK, self.link(backend).run()).await else { continue };
+                pause
+            } else {
+                self.link(backend).run().await
+            };
             match pause {
                 Pause::AtGate => {
                     if let Some(kept) = self.at_gate(backend).await? {
@@ -429,15 +492,44 @@ impl Session {
                 Pause::Ordered(Order::Lost) => {
                     // The compute is dead, but what its backends said last may lie in the socket.
                     let rest = timeout(LAST_WORDS_TIMEOUT, self.link(backend).last_words()).await;
-                    return Err(self.ended(rest.unwrap_or(Pause::ServerGone)));
+                    return self.backend_gone(rest.unwrap_or(Pause::ServerGone));
                 }
-                pause => return Err(self.ended(pause)),
+                pause => return self.backend_gone(pause),
             }
         }
     }
 
+    /// What follows when the relay is over: the session ends, unless only its backend is gone, and that is no loss.
+    fn backend_gone(&mut self, pause: Pause) -> Result<(), End> {
+        if !matches!(pause, Pause::ServerGone) || !self.is_as_known() {
+            return Err(self.ended(pause));
+        }
+        count_passed(&mut self.passed);
+        self.kept = Some(self.known.take().unwrap_or_default());
+        self.branch.forget(self.generation);
+        self.seat.set_backend(0, None);
+        self.seat.forgive_loss();
+        metrics::counter!("ebb_proxy_kept_through_loss_total").increment(1);
+        Ok(())
+    }
+
+    /// Whether it is a stream of WAL that may be broken off here.
+    fn is_quiet_stream(&self) -> bool {
+        self.up.is_empty() && self.walstream.as_ref().is_some_and(|stream| stream.quiet().is_ok())
+    }
+
+    /// Whether a backend that is gone is no loss: nothing is under way, and its state is known, because the client has
+    /// sent nothing since it was.
+    fn is_as_known(&self) -> bool {
+        if self.is_quiet_stream() {
+            return true;
+        }
+        let untouched = self.known.is_some() && !self.conversation.has_heard();
+        untouched && self.conversation.is_at_rest() && self.up.is_empty() && !self.conversation.ends_with_error()
+    }
+
     fn link<'a>(&'a mut self, backend: &'a mut UnixStream) -> Link<'a> {
-        Link::new(
+        let mut link = Link::new(
             &mut self.client,
             backend,
             &mut self.up,
@@ -446,16 +538,21 @@ impl Session {
             &self.seat,
             &self.branch,
             &mut self.passed,
-        )
+        );
+        link.select_one = self.wishes.pings;
+        link.walstream = self.walstream.as_deref_mut();
+        link
     }
 
     /// What a pause that cannot be resumed means to the client.
     fn ended(&self, pause: Pause) -> End {
-        let busy = !self.conversation.is_idle() || self.up.has_held();
+        let follows = self.walstream.as_ref().is_some_and(|stream| stream.is_streaming());
+        let busy = (!self.conversation.is_idle() && !follows) || self.up.has_held();
         match pause {
             Pause::AtRest | Pause::AtGate => End::Say(Said::draining(false)),
             Pause::Ordered(Order::Drain | Order::DrainNow) => End::Say(Said::draining(busy)),
             Pause::Ordered(Order::Fenced) => End::Say(Said::fenced_out("a query or transaction was under way")),
+            Pause::Ordered(Order::Evicted) => End::Say(self.evicted()),
             Pause::ClientGone => End::Silent,
             Pause::Malformed(what) => End::Say(Said::malformed(&what.to_string())),
             Pause::ServerMalformed => {
@@ -485,7 +582,10 @@ impl Session {
         let kept: Result<Arc<Kept>, String> = match self.examine(backend).await? {
             Examined::Kept(kept) => {
                 self.branch.stand(self.conn(), Standing::Ready);
-                Ok(Arc::from(kept))
+                let kept: Arc<Kept> = Arc::from(kept);
+                self.known = Some(kept.clone());
+                self.conversation.listen_anew();
+                Ok(kept)
             }
             Examined::Pinned(reason) => {
                 self.seat.set_pin(Some(reason.clone()));
@@ -504,7 +604,7 @@ impl Session {
                 }
                 _ => {}
             }
-            let refusable = gate == Gate::Gathering(Unreplayable::Refuse) && self.up.is_empty();
+            let refusable = gate.is_refusable() && self.up.is_empty();
             tokio::select! {
                 () = self.seat.attention() => {}
                 first = self.client.read_u8(), if refusable => {
@@ -520,8 +620,11 @@ impl Session {
 
     /// Reads the session's state. It cannot be broken off, but an order to end is heard.
     async fn examine(&mut self, backend: &mut UnixStream) -> Result<Examined, End> {
-        if self.replication {
-            return Ok(Examined::Pinned("replication connection".to_owned()));
+        if let Some(walstream) = &self.walstream {
+            return Ok(match walstream.quiet() {
+                Ok(()) => Examined::Kept(Box::default()),
+                Err(reason) => Examined::Pinned(reason.to_owned()),
+            });
         }
         let mut aside = Vec::new();
         let seat = self.seat.clone();
@@ -533,7 +636,9 @@ impl Session {
                     () = seat.attention() => match seat.ordered() {
                         None | Some(Order::Drain) => {}
                         Some(Order::DrainNow) => return Err(End::Say(Said::draining(false))),
-                        Some(Order::Fenced) => return Err(End::Say(Said::fenced_out("its state was not read in time"))),
+                        Some(Order::Fenced | Order::Evicted) => {
+                            return Err(End::Say(Said::fenced_out("its state was not read in time")));
+                        }
                         Some(Order::Lost) => return Err(End::Say(Said::compute_lost(false))),
                     },
                 }
@@ -551,6 +656,8 @@ impl Session {
     async fn detach(&mut self, backend: &mut UnixStream, kept: Arc<Kept>) {
         count_passed(&mut self.passed);
         self.kept = Some(kept);
+        self.known = None;
+        self.seat.set_pin(None);
         self.seat.set_backend(0, None);
         let closing = async {
             backend.write_all(&TERMINATE).await?;
@@ -598,45 +705,25 @@ impl Session {
         }
         Ok(())
     }
-
-    // Hibernated.
-
-    /// Sleeps until the client sends something that needs a backend.
-    async fn hibernated(&mut self) -> Result<(), End> {
-        self.conversation.shrink();
-        self.up.free();
-        self.down.free();
-        self.seat.set_doing(Doing::Hibernated);
-        self.branch.stand(self.conn(), Standing::Apart);
-        if !self.up.is_empty() {
-            return Ok(());
-        }
-        loop {
-            self.obey()?;
-            tokio::select! {
-                () = self.seat.attention() => {}
-                // One byte: a sleeping client needs no buffer.
-                first = self.client.read_u8() => match first {
-                    Ok(b'X') | Err(_) => return Err(End::Silent),
-                    Ok(first) => {
-                        self.up.push(first);
-                        return Ok(());
-                    }
-                },
-            }
-        }
-    }
 }
 
 /// `Terminate`.
 const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
+
+/// What a new backend is brought to.
+struct Again {
+    /// The session's state; `None` for its first backend.
+    kept: Option<Arc<Kept>>,
+    /// On a replication connection: where the stream was.
+    stream: Option<Resume>,
+}
 
 /// Wake, connect, start, replay.
 async fn try_attach(
     shared: Arc<Shared>,
     branch: Arc<Branch>,
     startup: Box<[u8]>,
-    kept: Option<Arc<Kept>>,
+    again: Again,
     seat: Arc<Seat>,
     wait: Wait,
 ) -> Result<Attached, TryError> {
@@ -649,15 +736,18 @@ async fn try_attach(
     wait.enter(Stage::Start);
     let started = Backend::start(&awake.socket, &startup).await;
     let mut backend = started.map_err(|error| TryError::Start { generation, error })?;
-    let replayed = match &kept {
-        None => Replayed::default(),
-        Some(kept) => {
+    let failed = |error| TryError::Replay { generation, error };
+    let (mut replayed, mut history) = (Replayed::default(), None);
+    match (&again.kept, &again.stream) {
+        // Walsenders take no questions of the extended protocol, and their sessions have no state of that kind.
+        (_, Some(stream)) => history = Some(replication::resume(&mut backend.stream, stream).await.map_err(failed)?),
+        (Some(kept), None) => {
             wait.enter(Stage::Replay);
-            let replayed = hibernate::replay(&mut backend.stream, kept).await;
-            replayed.map_err(|error| TryError::Replay { generation, error })?
+            replayed = hibernate::replay(&mut backend.stream, kept).await.map_err(failed)?;
         }
-    };
-    Ok(Attached { awake, backend, replayed })
+        (None, None) => {}
+    }
+    Ok(Attached { awake, backend, replayed, history })
 }
 
 /// Parameters as a start-up and a replay left them, each once, in the start-up's order.

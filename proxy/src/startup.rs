@@ -106,7 +106,8 @@ impl Startup {
         self.set("user", Some(role.to_owned()));
     }
 
-    fn set(&mut self, name: &str, value: Option<String>) {
+    /// Sets a parameter, or removes it.
+    pub fn set(&mut self, name: &str, value: Option<String>) {
         self.parameters.retain(|(key, _)| key != name);
         self.parameters.extend(value.map(|value| (name.to_owned(), value.into_bytes())));
     }
@@ -239,7 +240,7 @@ pub fn endpoint_of_host(host: &str, domain: &str) -> Option<EndpointName> {
 
 /// Splits `options` as Postgres does (`pg_split_opts`, postinit.c), but leaves the backslashes where they are, so that
 /// the words can be joined again.
-fn option_words(options: &str) -> impl Iterator<Item = &str> {
+pub fn option_words(options: &str) -> impl Iterator<Item = &str> {
     let mut rest = options;
     std::iter::from_fn(move || {
         rest = rest.trim_start_matches(|c: char| c.is_ascii_whitespace());
@@ -261,7 +262,7 @@ fn option_words(options: &str) -> impl Iterator<Item = &str> {
 }
 
 /// A word of `options` as Postgres reads it: a backslash stands for what follows it.
-fn unescaped(word: &str) -> String {
+pub fn unescaped(word: &str) -> String {
     let mut chars = word.chars();
     std::iter::from_fn(|| match chars.next() {
         Some('\\') => chars.next(),

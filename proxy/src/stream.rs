@@ -168,6 +168,11 @@ impl Buffer {
         self.start = self.released;
     }
 
+    /// Throws away what is held back.
+    pub fn discard_held(&mut self) {
+        self.end = self.released;
+    }
+
     /// Puts one byte in, held back: what a sleeping session woke up from.
     pub fn push(&mut self, byte: u8) {
         self.allocate();
@@ -218,6 +223,14 @@ impl Buffer {
         let count = room.filled().len();
         self.end += count;
         Poll::Ready(Ok(count))
+    }
+
+    /// Reads once, held back; answers how much, 0 at the end of the stream. There must be room. Cancel-safe.
+    ///
+    /// # Errors
+    /// What the stream says.
+    pub async fn fill<R: AsyncRead + Unpin>(&mut self, from: &mut R) -> io::Result<usize> {
+        std::future::poll_fn(|cx| self.poll_fill(cx, from)).await
     }
 
     /// Sends once of what may be sent.

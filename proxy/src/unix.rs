@@ -127,7 +127,7 @@ mod tests {
 
     fn pair() -> (UnixStream, UnixStream) {
         let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
-        [&one, &other].map(|socket| socket.set_nonblocking(true).unwrap());
+        let _ = [&one, &other].map(|socket| socket.set_nonblocking(true).unwrap());
         (UnixStream::from_std(one).unwrap(), UnixStream::from_std(other).unwrap())
     }
 

@@ -17,12 +17,11 @@ pub trait Clients: Debug + Send + Sync + 'static {
     /// All client sessions of a branch.
     fn sessions(&self, branch: BranchId) -> Vec<SessionRow>;
 
-    /// Holds new work and detaches every session. With `end_rest`, sessions that cannot be detached by the deadline
-    /// are ended; without, the first of them makes this fail and everyone goes on.
+    /// Holds new work and detaches every session; `rest` says what becomes of those that cannot be by the deadline.
     ///
     /// # Errors
-    /// The sessions that stand in the way.
-    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>>;
+    /// The sessions that stand in the way; everyone goes on.
+    async fn fence(&self, branch: BranchId, deadline: Duration, rest: Rest) -> Result<(), Vec<SessionRow>>;
 
     /// Lets everyone go on.
     fn release(&self, branch: BranchId);
@@ -36,6 +35,39 @@ pub trait Clients: Debug + Send + Sync + 'static {
 
 /// Shared [`Clients`].
 pub type SharedClients = Arc<dyn Clients>;
+
+/// What a fence does with sessions that cannot be detached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rest {
+    /// The first of them makes it fail.
+    Refuse,
+    /// One that works makes it fail; those that are idle, but hold what cannot be given back, are ended.
+    EndPinned,
+    /// They are ended at the deadline.
+    End,
+}
+
+/// A branch's policy for idle sessions that hold what cannot be given back (a temporary table, an advisory lock …).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Pinned {
+    /// They keep the branch awake.
+    #[default]
+    Keep,
+    /// They are ended, with `57P05`, when the branch would be asleep but for them.
+    End,
+}
+
+impl Pinned {
+    /// What a suspend does with them.
+    pub fn rest(self) -> Rest {
+        match self {
+            Pinned::Keep => Rest::Refuse,
+            Pinned::End => Rest::EndPinned,
+        }
+    }
+}
 
 /// What the clients of a branch are doing.
 #[derive(Debug, Clone, Copy, Default)]
@@ -86,7 +118,7 @@ impl Clients for NoClients {
         Vec::new()
     }
 
-    async fn fence(&self, _: BranchId, _: Duration, _: bool) -> Result<(), Vec<SessionRow>> {
+    async fn fence(&self, _: BranchId, _: Duration, _: Rest) -> Result<(), Vec<SessionRow>> {
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use ebb_types::{
 };
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
@@ -65,6 +66,8 @@ pub enum Ask {
         upkeep: UpkeepChange,
         /// From where clients may connect; `None`: as it is.
         allow: Option<AllowList>,
+        /// What becomes of idle sessions that cannot be given back; `None`: as it is.
+        pinned: Option<Pinned>,
     },
     /// A branch less.
     DeleteBranch {
@@ -611,11 +614,11 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
         }
         (
             Plan::ChangeBranch { branch },
-            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, allow, .. },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, allow, .. },
         ) => {
-            let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep, allow) = (*branch, upkeep.clone(), allow.clone());
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, allow });
+            let (branch, idle_suspend_ms, window_ms) = (*branch, *idle_suspend_ms, *window_ms);
+            let (durability, upkeep, pinned, allow) = (*durability, upkeep.clone(), *pinned, allow.clone());
+            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

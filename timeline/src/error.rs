@@ -398,6 +398,7 @@ impl Error {
             Error::Refused(Refusal::TooManyVisits { .. }) => return SqlState::TOO_MANY_CONNECTIONS,
             Error::Refused(Refusal::OutsideWindow { .. }) => return SqlState::INVALID_PARAMETER_VALUE,
             Error::Stopping => return SqlState::ADMIN_SHUTDOWN,
+            Error::Compute(compute) if compute.is_out_of_memory() => return SqlState::OUT_OF_MEMORY,
             _ => {}
         }
         match self.kind() {

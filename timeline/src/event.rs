@@ -13,6 +13,7 @@ use ebb_types::{
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
+use crate::clients::Pinned;
 use crate::drill::{Fault, Probe, Report, TableRows};
 use crate::upkeep::UpkeepChange;
 
@@ -79,6 +80,9 @@ pub enum Event {
         /// From where clients may connect, if that is new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         allow: Option<AllowList>,
+        /// What becomes of idle sessions that cannot be given back, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pinned: Option<Pinned>,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {

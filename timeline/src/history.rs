@@ -23,7 +23,7 @@ use crate::event::Left;
 pub struct Seal {
     /// The layer.
     pub layer: LayerId,
-    /// When it was recorded: everything in it was committed before.
+    /// When it was recorded: everything in it was committed before. Never before the seal before it, whatever clocks say.
     pub at: Timestamp,
     /// A position that all its WAL lies before, where known.
     pub end: Option<Lsn>,
@@ -42,7 +42,10 @@ pub struct History {
 
 impl History {
     /// Records a seal.
-    pub fn sealed(&mut self, seal: Seal) {
+    pub fn sealed(&mut self, mut seal: Seal) {
+        if let Some(last) = self.seals.last() {
+            seal.at = seal.at.max(last.at);
+        }
         self.seals.push(seal);
     }
 
@@ -91,7 +94,8 @@ impl History {
 
     /// The next seal on the same line.
     pub fn after(&self, seal: &Seal) -> Option<&Seal> {
-        self.seals.iter().find(|other| other.line == seal.line && other.at > seal.at)
+        let of_line = self.seals.iter().filter(|other| other.line == seal.line);
+        of_line.skip_while(|other| other.layer != seal.layer).nth(1)
     }
 
     /// The seal from which a position is replayed: the newest one that ends before it, in the history of `line`.
@@ -137,6 +141,21 @@ mod tests {
     fn check(found: Option<&Seal>, expect: Option<(i64, u64)>, what: &str) {
         let found = found.map(|seal| (seal.at, seal.line));
         assert_eq!(found, expect.map(|(minute, line)| (time(minute), line)), "for {what}");
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_does_not_mix_seals_up() {
+        let mut history = History::default();
+        history.begun(seal(1, 100, 0), None);
+        for (minute, end) in [(2, 200), (50, 300), (3, 400), (4, 500), (60, 600)] {
+            history.sealed(seal(minute, end, 0));
+        }
+        check(history.at_time(time(49)), Some((2, 0)), "before the jump");
+        assert_eq!(history.at_time(time(55)).unwrap().end, Some(Lsn(500)));
+        let jumped = history.seals()[2].clone();
+        assert_eq!(history.after(&jumped).unwrap().end, Some(Lsn(400)));
+        history.forget_before(time(50));
+        assert_eq!(history.seals().last().unwrap().end, Some(Lsn(600)));
     }
 
     #[test]

@@ -223,6 +223,11 @@ impl<F: Fold> Ledger<F> {
         self.state.read().clone()
     }
 
+    /// How many entries are known.
+    pub async fn entries(&self) -> u64 {
+        self.tail.lock().await.next
+    }
+
     /// Decides on the present state and appends what was decided as one entry; again from the start whenever another
     /// writer was first. No events: nothing is appended.
     ///

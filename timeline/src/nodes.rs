@@ -139,7 +139,16 @@ impl Nodes {
     /// If the file cannot be used.
     pub fn open(data_dir: &Path, name: String, bucket: Bucket, ttl: Duration) -> Result<Self> {
         let me = read_or_make_id(&data_dir.join("node-id"))?;
-        Ok(Self { bucket, me, name, run: rand::random(), ttl, beat: AtomicU64::new(0), inner: Mutex::default(), unchallenged_until: AtomicU64::new(ALONE) })
+        Ok(Self {
+            bucket,
+            me,
+            name,
+            run: rand::random(),
+            ttl,
+            beat: AtomicU64::new(0),
+            inner: Mutex::default(),
+            unchallenged_until: AtomicU64::new(ALONE),
+        })
     }
 
     /// This node.

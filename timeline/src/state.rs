@@ -11,6 +11,7 @@ use ebb_types::{
 };
 
 use crate::api::types::Parent;
+use crate::clients::Pinned;
 use crate::drill::{Fault, Record, Report, SharedRecord, TableRows};
 use crate::error::Refusal;
 use crate::event::{Event, Key, Plan, Step};
@@ -62,8 +63,8 @@ pub struct Owner {
     pub node: NodeId,
     /// Counts owners, from 1: the fencing token of the one writer of each of its branches.
     pub epoch: u64,
-    /// Since when.
-    pub since: Timestamp,
+    /// The number of the ledger's entry that made it the owner.
+    pub entry: u64,
 }
 
 /// What never changes about a project.
@@ -95,6 +96,8 @@ pub struct Branch {
     /// Counts how often the branch was moved to another history. A volume knows for which line it was made; one of
     /// another line is stale, whatever it holds.
     pub line: u64,
+    /// The number of the ledger's entry that began the line.
+    pub line_entry: u64,
     /// Where it comes from.
     pub parent: Option<Parent>,
     /// When it was made.
@@ -109,6 +112,8 @@ pub struct Branch {
     pub window_ms: Option<u64>,
     /// What its commits wait for.
     pub durability: Durability,
+    /// What becomes of idle sessions that cannot be given back.
+    pub pinned: Pinned,
     /// The seals within the window.
     pub history: History,
     /// What is done for it by itself.
@@ -399,7 +404,7 @@ impl ProjectState {
                 if *epoch != self.epoch() + 1 {
                     return Err(format!("epoch {epoch} does not follow {}", self.epoch()));
                 }
-                self.owner = Some(Owner { node: *node, epoch: *epoch, since: entry.time });
+                self.owner = Some(Owner { node: *node, epoch: *epoch, entry: entry.seq });
             }
             Event::BranchCreated { branch, name, head, end, parent, rescue_until } => {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
@@ -414,6 +419,7 @@ impl ProjectState {
                     head: *head,
                     has_sealed: false,
                     line: 0,
+                    line_entry: entry.seq,
                     parent: parent.clone(),
                     created_at: entry.time,
                     idle_suspend_ms: None,
@@ -421,6 +427,7 @@ impl ProjectState {
                     checkpoints: Vec::new(),
                     window_ms: None,
                     durability: Durability::default(),
+                    pinned: Pinned::default(),
                     history,
                     upkeep: Upkeep::default(),
                     allow,
@@ -428,7 +435,7 @@ impl ProjectState {
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, allow } => {
+            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
                 branch.window_ms = window_ms.or(branch.window_ms);
@@ -437,6 +444,7 @@ impl ProjectState {
                 if let Some(allow) = allow {
                     branch.allow = allow.clone();
                 }
+                branch.pinned = pinned.unwrap_or(branch.pinned);
                 branch.forget(entry.time);
             }
             Event::BranchSealed { branch, layer, end } => {
@@ -451,6 +459,7 @@ impl ProjectState {
                 branch.head = *head;
                 branch.has_sealed = false;
                 branch.line += 1;
+                branch.line_entry = entry.seq;
                 let seal = Seal { layer: *head, at: entry.time, end: *end, line: branch.line };
                 branch.history.begun(seal, *left);
                 branch.forget(entry.time);

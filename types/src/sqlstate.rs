@@ -25,8 +25,12 @@ impl SqlState {
     pub const INVALID_CATALOG_NAME: Self = Self("3D000");
     /// `53100`: the node's disk is too full to take on work.
     pub const DISK_FULL: Self = Self("53100");
+    /// `53200`: the node has not enough memory for a compute.
+    pub const OUT_OF_MEMORY: Self = Self("53200");
     /// `53300`: a queue or pool is full.
     pub const TOO_MANY_CONNECTIONS: Self = Self("53300");
+    /// `53400`: a quota is used up.
+    pub const CONFIGURATION_LIMIT_EXCEEDED: Self = Self("53400");
     /// `55006`: the branch is busy with an operation.
     pub const OBJECT_IN_USE: Self = Self("55006");
     /// `57P01`: the proxy is shutting down, or ends a session on purpose.
@@ -41,7 +45,7 @@ impl SqlState {
     pub const DATA_CORRUPTED: Self = Self("XX001");
 
     /// All of them.
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 17] = [
         Self::CONNECTION_FAILURE,
         Self::PROTOCOL_VIOLATION,
         Self::FEATURE_NOT_SUPPORTED,
@@ -50,7 +54,9 @@ impl SqlState {
         Self::INVALID_PASSWORD,
         Self::INVALID_CATALOG_NAME,
         Self::DISK_FULL,
+        Self::OUT_OF_MEMORY,
         Self::TOO_MANY_CONNECTIONS,
+        Self::CONFIGURATION_LIMIT_EXCEEDED,
         Self::OBJECT_IN_USE,
         Self::ADMIN_SHUTDOWN,
         Self::CANNOT_CONNECT_NOW,

@@ -35,7 +35,8 @@ pub fn run(common: &Common) -> Result<()> {
         let rows = megabytes * 1_000_000 / ROW;
         let sql = format!("create table {table} as select repeat('x', {ROW} - 10) t from generate_series(1, {rows})");
         postgres.sql("app", &sql)?;
-        postgres.sql("app", &format!("alter table {table} owner to app; vacuum {table}"))?;
+        postgres.sql("app", &format!("alter table {table} owner to app"))?;
+        postgres.sql("app", &format!("vacuum {table}"))?;
     }
     postgres.sql("app", "create unlogged table sink (t text); alter table sink owner to app")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -9,6 +9,7 @@ use ebb_timeline::api::types::{
     Branch, BranchList, ChangeBranch, ChangeUpkeep, Checkpoint, CheckpointList, CreateBranch, CreateCheckpoint, Export,
     Exported, RestoreBranch, Restored, Stored,
 };
+use ebb_timeline::clients::Pinned;
 use ebb_types::{Point, PointRef};
 
 use super::drill::last_drill;
@@ -35,6 +36,7 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             idle_suspend,
             window,
             durability,
+            pinned,
             checkpoints,
             drill_every,
             probes,
@@ -45,7 +47,8 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             let probes = (no_probes || !probes.is_empty()).then_some(probes);
             let upkeep = ChangeUpkeep { checkpoints, drill_every_seconds: seconds(drill_every), probes };
             let upkeep = Some(upkeep).filter(|upkeep| *upkeep != ChangeUpkeep::default());
-            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability, upkeep, allow: None };
+            let allow = None;
+            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability, upkeep, pinned, allow };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Allow { branch, networks, any: _ } => {
@@ -98,6 +101,7 @@ fn branch_facts(branch: Branch) -> String {
         ("head", branch.head.to_string()),
         ("created", seconds(branch.created_at)),
         ("suspends after", format!("{}s", branch.idle_suspend_seconds)),
+        ("pinned sessions", pinned(branch.pinned).to_owned()),
         ("commits wait for", durability(branch.durability).to_owned()),
         ("can go back to", seconds(branch.window_from)),
         ("checkpoints", schedule(&branch)),
@@ -119,6 +123,13 @@ fn probes(branch: &Branch) -> String {
         0 => String::new(),
         1 => "1 question".to_owned(),
         many => format!("{many} questions"),
+    }
+}
+
+fn pinned(pinned: Pinned) -> &'static str {
+    match pinned {
+        Pinned::Keep => "keep it awake",
+        Pinned::End => "end when it is idle",
     }
 }
 
@@ -254,6 +265,7 @@ mod tests {
         head              ly_00000000000000000000000000000002
         created           2026-11-21 06:00:00Z
         suspends after    300s
+        pinned sessions   keep it awake
         commits wait for  the node's disk
         can go back to    2026-11-21 06:00:00Z
         clients from      any
@@ -266,7 +278,7 @@ mod tests {
                 "probes": [{"sql": "select 1", "expect": "1"}],
             }}),
         );
-        let shown = branch_facts(kept).lines().skip(9).collect::<Vec<_>>().join("\n");
+        let shown = branch_facts(kept).lines().skip(10).collect::<Vec<_>>().join("\n");
         insta::assert_snapshot!(shown, @r"
         checkpoints       hourly=24,daily=7
         drilled every     1d

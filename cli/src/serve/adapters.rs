@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
-use ebb_timeline::clients::{Activity, Clients, SessionRow};
+use ebb_timeline::clients::{Activity, Clients, Rest, SessionRow};
 use ebb_timeline::{Place, Service};
 use ebb_types::{AllowList, BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
 
@@ -198,8 +198,12 @@ impl Clients for ProxyClients {
         self.proxy.sessions(branch).into_iter().map(|session| self.row(session)).collect()
     }
 
-    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
-        let rule = if end_rest { Unreplayable::End } else { Unreplayable::Refuse };
+    async fn fence(&self, branch: BranchId, deadline: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
+        let rule = match rest {
+            Rest::Refuse => Unreplayable::Refuse,
+            Rest::EndPinned => Unreplayable::EndPinned,
+            Rest::End => Unreplayable::End,
+        };
         let fenced = self.proxy.fence(branch, deadline, rule).await;
         fenced.map_err(|blocked| blocked.0.into_iter().map(|session| self.row(session)).collect())
     }

@@ -17,7 +17,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 21] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -31,6 +31,8 @@ const KEYS: [&str; 19] = [
     "node-listen",
     "node-ttl",
     "idle-suspend",
+    "wake-budget",
+    "answer-pings",
     "slow-wake",
     "min-free-bytes",
     "hydrate",
@@ -81,6 +83,13 @@ pub struct Settings {
     /// How long a compute without work stays up, for branches without a value of their own. Default 5 minutes.
     #[serde(serialize_with = "as_text")]
     pub idle_suspend: Duration,
+    /// How long a client is held while its branch wakes, or is restored; then it is told `57P03` and when to try again.
+    /// Default 30 seconds.
+    #[serde(serialize_with = "as_text")]
+    pub wake_budget: Duration,
+    /// Whether `SELECT 1` of a client whose branch sleeps is answered without a wake. Default no; a client may wish otherwise
+    /// (`-c ebb.pings=on`). Empty queries always are.
+    pub answer_pings: bool,
     /// A client that waits for its compute for longer is written to the log, with what it waited for. Default 2 seconds.
     #[serde(serialize_with = "as_text")]
     pub slow_wake: Duration,
@@ -137,6 +146,8 @@ impl Settings {
         let node_listen = sources.address("node-listen", args.node_listen.clone(), "127.0.0.1:0");
         let node_ttl = sources.time("node-ttl", args.node_ttl.clone(), Duration::from_secs(10));
         let idle_suspend = sources.text("idle-suspend", args.idle_suspend.clone());
+        let wake_budget = sources.time("wake-budget", args.wake_budget.clone(), Duration::from_secs(30));
+        let answer_pings = sources.flag("answer-pings", args.answer_pings, false);
         let slow_wake = sources.time("slow-wake", args.slow_wake.clone(), Duration::from_secs(2));
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
@@ -189,6 +200,8 @@ impl Settings {
             node_listen,
             node_ttl,
             idle_suspend,
+            wake_budget,
+            answer_pings,
             slow_wake,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,

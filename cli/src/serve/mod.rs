@@ -269,6 +269,8 @@ fn bind_proxy(
     let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
     config.domain.clone_from(&settings.domain);
     settings.access.apply(&mut config);
+    config.wake_budget = settings.wake_budget;
+    config.answer_pings = settings.answer_pings;
     config.slow_wake = settings.slow_wake;
     let proxy = match inherited.filter(|socket| fits(settings.listen, socket)) {
         Some(socket) => Proxy::over(socket, config, endpoints),

@@ -1,6 +1,8 @@
 //! What the proxy allocates, counted by the allocator of this program, in which nothing else runs meanwhile: Postgres is
 //! a process of its own, and the client a thread that writes from, and reads into, memory it had before.
 
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
 #[path = "../proxy/harness.rs"]
 #[expect(dead_code, reason = "other tests use more of it")]
 mod harness;

@@ -97,7 +97,9 @@ impl World {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("log")).unwrap();
         let mut command = as_postgres(&format!("{BIN}/postgres"));
         command.arg("-D").arg(self.dir.path().join("data")).arg("-k").arg(self.dir.path());
-        for setting in ["listen_addresses=", "fsync=off", "max_connections=300", "shared_buffers=16MB"] {
+        for setting in
+            ["listen_addresses=", "fsync=off", "max_connections=300", "shared_buffers=16MB", "wal_level=logical"]
+        {
             command.arg("-c").arg(setting);
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
@@ -124,6 +126,17 @@ impl World {
             let socket_lock = self.dir.path().join(".s.PGSQL.5432.lock");
             let _ = fs::remove_file(socket_lock);
         }
+    }
+
+    /// Puts another cluster in the place of the one that sleeps.
+    pub fn replace(&self) {
+        fs::remove_dir_all(self.data()).unwrap();
+        run(as_postgres(&format!("{BIN}/initdb")).args(["-A", "trust", "-U", "postgres", "-N", "-D"]).arg(self.data()));
+        let sql = "CREATE ROLE app LOGIN REPLICATION\nCREATE DATABASE app OWNER app\n";
+        let path = self.dir.path().join("sql");
+        fs::write(&path, sql).unwrap();
+        let mut single = as_postgres(&format!("{BIN}/postgres"));
+        run(single.args(["--single", "-D"]).arg(self.data()).arg("postgres").stdin(fs::File::open(&path).unwrap()));
     }
 
     pub fn data(&self) -> PathBuf {

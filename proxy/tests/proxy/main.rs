@@ -9,5 +9,8 @@ mod door;
 mod fence;
 mod harness;
 mod hibernate;
+mod pings;
 mod raw;
 mod relay;
+mod replication;
+mod survive;

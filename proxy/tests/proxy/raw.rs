@@ -38,8 +38,22 @@ pub struct Session {
 
 impl Session {
     pub async fn open(ebb: &Ebb) -> Self {
+        Self::open_with(ebb, &format!("endpoint={ENDPOINT}")).await
+    }
+
+    /// The same, with other `options`.
+    pub async fn open_with(ebb: &Ebb, options: &str) -> Self {
+        Self::begin(ebb, &format!("options\0{options}\0")).await
+    }
+
+    /// The same, with more parameters.
+    pub async fn open_as(ebb: &Ebb, parameters: &str) -> Self {
+        Self::begin(ebb, &format!("options\0endpoint={ENDPOINT}\0{parameters}")).await
+    }
+
+    async fn begin(ebb: &Ebb, parameters: &str) -> Self {
         let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
-        let body = format!("user\0app\0database\0app\0options\0endpoint={ENDPOINT}\0\0");
+        let body = format!("user\0app\0database\0app\0{parameters}\0");
         socket.write_all(&packet(3 << 16, body.as_bytes())).await.unwrap();
         let mut session = Self { socket };
         session.read().await;
@@ -56,7 +70,8 @@ impl Session {
         session
     }
 
-    async fn write(&mut self, messages: &[(u8, &[u8])]) {
+    /// Sends messages, and reads nothing.
+    pub async fn write(&mut self, messages: &[(u8, &[u8])]) {
         let mut out = Vec::new();
         for (tag, body) in messages {
             out.push(*tag);
@@ -66,7 +81,8 @@ impl Session {
         self.socket.write_all(&out).await.unwrap();
     }
 
-    async fn read(&mut self) -> (u8, Vec<u8>) {
+    /// Reads one message.
+    pub async fn read(&mut self) -> (u8, Vec<u8>) {
         let tag = self.socket.read_u8().await.unwrap();
         let mut body = vec![0; self.socket.read_u32().await.unwrap() as usize - 4];
         self.socket.read_exact(&mut body).await.unwrap();
@@ -89,6 +105,26 @@ impl Session {
         bodies
     }
 
+    /// Sends messages, and answers all that comes up to the next `ReadyForQuery`, as it came.
+    pub async fn turn(&mut self, messages: &[(u8, &[u8])]) -> Vec<u8> {
+        self.write(messages).await;
+        self.read_turn().await
+    }
+
+    /// All that comes up to the next `ReadyForQuery`, as it came.
+    pub async fn read_turn(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        loop {
+            let (tag, body) = self.read().await;
+            all.push(tag);
+            all.extend_from_slice(&(body.len() as u32 + 4).to_be_bytes());
+            all.extend_from_slice(&body);
+            if tag == b'Z' {
+                return all;
+            }
+        }
+    }
+
     /// All that comes until the proxy closes.
     pub async fn read_to_end(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();
@@ -97,6 +133,7 @@ impl Session {
     }
 
     /// Its socket.
+    #[allow(dead_code, reason = "the counting of allocations uses it")]
     pub fn into_std(self) -> std::net::TcpStream {
         self.socket.into_std().unwrap()
     }

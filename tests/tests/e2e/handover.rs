@@ -102,7 +102,7 @@ async fn a_server_that_takes_over_refuses_nobody_and_cuts_no_transaction() {
         }
     });
     let everybody = [&plain, &tls, &api];
-    everybody.map(|knocks| knocks.wait_for_more("the first server to answer"));
+    let _ = everybody.map(|knocks| knocks.wait_for_more("the first server to answer"));
 
     let mut client = node.connect("shop/prod").await;
     let open = client.transaction().await.expect("a transaction can be begun");
@@ -113,8 +113,8 @@ async fn a_server_that_takes_over_refuses_nobody_and_cuts_no_transaction() {
     open.commit().await.expect("the transaction can be committed");
     tokio::task::block_in_place(|| node.end_take_over(&mut old));
 
-    everybody.map(|knocks| knocks.wait_for_more("the second server to answer"));
-    everybody.map(|knocks| knocks.over.store(true, Ordering::SeqCst));
+    let _ = everybody.map(|knocks| knocks.wait_for_more("the second server to answer"));
+    let _ = everybody.map(|knocks| knocks.over.store(true, Ordering::SeqCst));
     knocking.await.expect("no panic").expect("nobody is refused");
     knocking_over_tls.await.expect("nobody is refused over TLS");
     knocking_at_the_api.await.expect("nobody is refused at the API");

@@ -64,7 +64,8 @@ async fn a_client_of_any_node_reaches_a_branch_and_stays_through_hand_overs() {
     for asked in [a, b] {
         let who = asked.json(&["who", "shop/prod"]);
         let rows = who["clients"].as_array().expect("clients are listed").iter();
-        let mut at: Vec<_> = rows.map(|row| (row["node"].as_str(), row["role"].as_str(), row["state"].as_str())).collect();
+        let mut at: Vec<_> =
+            rows.map(|row| (row["node"].as_str(), row["role"].as_str(), row["state"].as_str())).collect();
         at.sort_unstable();
         assert_eq!(at, ["a", "b"].map(|node| (Some(node), Some("app"), Some("idle"))));
     }

@@ -50,3 +50,27 @@ fn a_branch_can_be_restored_again_and_again_and_exported_at_any_checkpoint() {
     let ran = node.ebb(&["branch", "restore", "shop/dev", "--to", "c9"]);
     assert_eq!(ran.code, 3, "{ran:?}");
 }
+
+#[test]
+fn pgbench_sees_latency_and_no_error_while_its_branch_is_taken_back() {
+    let node = Node::with_shop();
+    let url = node.url("shop/prod");
+    let made = node.tool("pgbench", &["-iq", "-s", "1", &url]);
+    assert_eq!(made.code, 0, "{}", made.stderr);
+    node.ok(&["checkpoint", "create", "shop/prod", "begin"]);
+    for mode in ["simple", "extended", "prepared"] {
+        let wakes = node.wakes("shop/prod");
+        let ran = std::thread::scope(|threads| {
+            let bench =
+                threads.spawn(|| node.tool("pgbench", &["-n", "-M", mode, "-c", "4", "-j", "4", "-t", "1500", &url]));
+            while !bench.is_finished() {
+                node.ok(&["branch", "restore", "shop/prod", "--to", "begin"]);
+            }
+            bench.join().expect("pgbench ends")
+        });
+        assert_eq!(ran.code, 0, "{mode}: {}", ran.stderr);
+        assert!(ran.stdout.contains("number of transactions actually processed: 6000/6000"), "{mode}: {}", ran.stdout);
+        assert!(!ran.stderr.contains("ERROR") && !ran.stderr.contains("FATAL"), "{mode}: {}", ran.stderr);
+        assert!(node.wakes("shop/prod") > wakes, "it was taken back under way");
+    }
+}

@@ -11,7 +11,7 @@ use ebb_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::clients::SessionRow;
+use crate::clients::{Pinned, SessionRow};
 
 pub use super::upkeep::*;
 
@@ -156,6 +156,10 @@ pub struct Branch {
     /// What a commit waits for: `local`, the disk of the node; or `bucket`.
     #[schema(value_type = String)]
     pub durability: Durability,
+    /// What becomes of idle sessions that hold what cannot be given back, when the branch would be asleep but for them:
+    /// they `keep` it awake, or `end`.
+    #[serde(default)]
+    pub pinned: Pinned,
     /// What is done for it by itself.
     #[serde(default)]
     pub upkeep: Upkeep,
@@ -209,6 +213,9 @@ pub struct ChangeBranch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub durability: Option<Durability>,
+    /// What becomes of idle sessions that hold what cannot be given back: they `keep` it awake, or `end`; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<Pinned>,
     /// What is done for it by itself; absent: as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upkeep: Option<ChangeUpkeep>,

@@ -203,6 +203,7 @@ fn allow(branch: &str, networks: &[&str]) -> Ask {
         window_ms: None,
         durability: None,
         upkeep: UpkeepChange::default(),
+        pinned: None,
         allow: Some(networks.into()),
     }
 }
@@ -237,6 +238,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             durability: None,
             upkeep: UpkeepChange::default(),
             allow: None,
+            pinned: None,
         }),
         (branch_name(), 0..3usize)
             .prop_map(|(branch, networks)| allow(&branch, &["192.0.2.0/24", "::1/128"][..networks.min(2)])),
@@ -247,6 +249,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             durability: None,
             upkeep: UpkeepChange::default(),
             allow: None,
+            pinned: None,
         }),
     ]
 }

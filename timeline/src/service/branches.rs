@@ -98,8 +98,9 @@ impl Service {
             self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
         }
         let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
-        let (branch_name, allow) = (branch.to_owned(), request.allow);
-        let ask = Ask::ChangeBranch { branch: branch_name, idle_suspend_ms, window_ms, durability, upkeep, allow };
+        let (pinned, allow) = (request.pinned, request.allow);
+        let name = branch.to_owned();
+        let ask = Ask::ChangeBranch { branch: name, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;

@@ -12,7 +12,7 @@ use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
 use super::{Project, Service};
-use crate::clients::{SessionRow, SharedClients};
+use crate::clients::{Rest, SessionRow, SharedClients};
 use crate::decide::Command;
 use crate::machine::{Compute, ComputeEvent, Serving};
 use crate::node::{Sealed, Start};
@@ -215,11 +215,10 @@ impl Service {
             let known = state.branch_by_id(branch)?;
             Start {
                 head_end: known.history.seal_of(data.head).and_then(|seal| seal.end),
-                begun_here: {
-                    let first = known.history.seals().iter().find(|seal| seal.line == data.line);
-                    let since = state.owner.map_or(Timestamp::MAX, |owner| owner.since).max(self.opened_at);
-                    first.is_some_and(|first| first.at >= since)
-                },
+                // By entries, not by times: clocks jump, and differ from node to node.
+                begun_here: state
+                    .owner
+                    .is_some_and(|owner| known.line_entry >= owner.entry.max(project.entries_when_opened)),
                 earlier: known.history.before(data.head, data.line),
                 data,
                 pg_major: facts.pg_major,
@@ -332,9 +331,9 @@ impl Service {
         project: &Project,
         branch: BranchId,
         deadline: Duration,
-        end_rest: bool,
+        rest: Rest,
     ) -> Result<Fence> {
-        match self.clients.fence(branch, deadline, end_rest).await {
+        match self.clients.fence(branch, deadline, rest).await {
             Ok(()) => Ok(self.fence_held(branch)),
             Err(rows) => {
                 let name = project.ledger.state().branch_by_id(branch)?.name.clone();
@@ -351,7 +350,7 @@ impl Service {
         branch: BranchId,
         seal: LayerId,
         deadline: Duration,
-        end_rest: bool,
+        rest: Rest,
     ) -> Result<(Fence, Option<Sealed>)> {
         let cell = project.cell(branch);
         let data = project.line(branch)?;
@@ -363,7 +362,7 @@ impl Service {
             }
             active
         };
-        let fence = match self.fence(project, branch, deadline, end_rest).await {
+        let fence = match self.fence(project, branch, deadline, rest).await {
             Ok(fence) => fence,
             Err(error) => {
                 if active {
@@ -477,7 +476,8 @@ impl Service {
             return Ok(());
         }
         self.check_disk()?;
-        self.suspend_locked(project, branch, IDLE_FENCE_MAX, false).await
+        let rest = project.ledger.state().branch_by_id(branch)?.pinned.rest();
+        self.suspend_locked(project, branch, IDLE_FENCE_MAX, rest).await
     }
 
     /// Stops a compute, records its seal, lets its clients go on (their next message wakes it again).
@@ -486,10 +486,10 @@ impl Service {
         project: &Arc<Project>,
         branch: BranchId,
         deadline: Duration,
-        end_rest: bool,
+        rest: Rest,
     ) -> Result<()> {
         let line = project.line(branch)?.line;
-        let stopped = self.stop_locked(project, branch, LayerId::generate(), deadline, end_rest).await;
+        let stopped = self.stop_locked(project, branch, LayerId::generate(), deadline, rest).await;
         let result = if stopped.is_ok() { "ok" } else { "refused" };
         metrics::counter!("ebb_timeline_suspends_total", "result" => result).increment(1);
         let (_fence, sealed) = stopped?;
@@ -580,7 +580,7 @@ impl Service {
             }
         }
         // Never released: whoever holds clients lets them go when this service is gone.
-        let fences = awake.iter().map(|&branch| self.clients.fence(branch, deadline / 2, true));
+        let fences = awake.iter().map(|&branch| self.clients.fence(branch, deadline / 2, Rest::End));
         let all = futures::future::join(futures::future::join_all(fences), self.end_visits());
         if tokio::time::timeout_at(until.into(), all).await.is_err() {
             tracing::warn!("some clients of other nodes were not set aside in time");
@@ -600,7 +600,7 @@ impl Service {
             return;
         }
         let rest = until.saturating_duration_since(Instant::now());
-        if let Err(error) = self.suspend_locked(&project, branch, rest, true).await {
+        if let Err(error) = self.suspend_locked(&project, branch, rest, Rest::End).await {
             self.report("suspending a compute", &error);
         }
     }

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::Migration;
-use crate::clients::{Activity, Clients, SessionRow};
+use crate::clients::{Activity, Clients, Rest, SessionRow};
 use crate::decide::Found;
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
@@ -32,6 +32,8 @@ pub struct World {
     pub uploaded: HashSet<LayerId>,
     pub volumes: HashMap<BranchId, FakeVolume>,
     pub starts: u64,
+    /// Whether the last start was told that nobody else can have archived WAL of the branch.
+    pub begun_here: bool,
     /// Visits, and the layers made for them alone.
     pub visits: HashMap<BranchId, Option<LayerId>>,
     /// The next start fails.
@@ -198,6 +200,7 @@ impl Node for FakeNode {
             world.volumes.insert(branch, volume);
         }
         world.starts += 1;
+        world.begun_here = start.begun_here;
         let volume = world.volumes.get_mut(&branch).unwrap();
         assert!(volume.running.is_none(), "two units on one volume");
         volume.running = Some(CancellationToken::new());
@@ -574,8 +577,8 @@ impl Clients for TestClients {
         Vec::new()
     }
 
-    async fn fence(&self, branch: BranchId, _: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
-        if self.pinned.load(Ordering::SeqCst) && !end_rest {
+    async fn fence(&self, branch: BranchId, _: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
+        if self.pinned.load(Ordering::SeqCst) && rest == Rest::Refuse {
             return Err(vec![SessionRow {
                 conn: 4,
                 role: "app".to_owned(),

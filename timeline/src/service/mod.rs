@@ -157,8 +157,6 @@ pub struct Service {
     moving: Mutex<HashSet<ProjectId>>,
     secrets: SecretStore,
     artifacts: Artifacts,
-    /// What was recorded since then, this process has recorded.
-    opened_at: Timestamp,
     /// Layers known to be in the bucket.
     uploaded: Mutex<HashSet<LayerId>>,
     collector: Collector,
@@ -194,6 +192,8 @@ struct Project {
     /// When it was last looked for what other nodes have recorded.
     looked_at: tokio::sync::Mutex<Option<Instant>>,
     ledger: Ledger<ProjectState>,
+    /// How many entries it had then. What came after, while this node was the owner, this process has recorded.
+    entries_when_opened: u64,
     cells: Mutex<HashMap<BranchId, Arc<Cell>>>,
     /// Operations that a task of this process carries out.
     driven: Mutex<HashSet<OperationId>>,
@@ -245,7 +245,6 @@ impl Service {
         nodes.renew().await?;
         nodes.look().await?;
         let catalog = Ledger::open(bucket.clone(), CATALOG, clock.clone()).await?;
-        let opened_at = clock.now();
         let service = Arc::new(Self {
             config,
             bucket,
@@ -259,7 +258,6 @@ impl Service {
             moving: Mutex::default(),
             secrets,
             artifacts,
-            opened_at,
             uploaded: Mutex::default(),
             collector: Collector::default(),
             looked_at: tokio::sync::Mutex::default(),
@@ -304,6 +302,7 @@ impl Service {
             term: AtomicU64::new(u64::MAX),
             claiming: tokio::sync::Mutex::default(),
             looked_at: tokio::sync::Mutex::default(),
+            entries_when_opened: ledger.entries().await,
             ledger,
             cells: Mutex::default(),
             driven: Mutex::default(),

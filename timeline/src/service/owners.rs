@@ -31,6 +31,7 @@ use super::compute::Fence;
 use super::projects::check_idle;
 use super::{Caller, Project, Service};
 use crate::api::types as api;
+use crate::clients::Rest;
 use crate::event::{Event, Plan};
 use crate::machine::{Compute, ComputeEvent, Standing as Listing};
 use crate::nodes::{Addresses, Others, Record, Standing};
@@ -541,7 +542,7 @@ impl Service {
         let mut fences: Vec<Fence> = Vec::new();
         for &branch in &branches {
             let line = project.line(branch)?.line;
-            let (fence, sealed) = self.stop_locked(project, branch, LayerId::generate(), FENCE_MAX, true).await?;
+            let (fence, sealed) = self.stop_locked(project, branch, LayerId::generate(), FENCE_MAX, Rest::End).await?;
             fences.push(fence);
             self.note_seal(project, branch, line, sealed).await?;
         }

@@ -21,6 +21,7 @@ use super::views::{Reader, encode_query};
 use super::{Answer, Caller, Project, Service};
 use crate::api::types as api;
 use crate::catalog::{CatalogEvent, ledger_name};
+use crate::clients::Rest;
 use crate::decide::{Ask, DEV, PROD};
 use crate::event::{Event, Plan};
 use crate::ledger::read_chain;
@@ -298,7 +299,8 @@ impl Service {
         for &branch in project.ledger.state().branches.keys() {
             // Whoever cannot be held is ended with the compute.
             if let Ok(Ok(())) =
-                tokio::time::timeout(DELETE_FENCE_MAX * 2, self.clients.fence(branch, DELETE_FENCE_MAX, true)).await
+                tokio::time::timeout(DELETE_FENCE_MAX * 2, self.clients.fence(branch, DELETE_FENCE_MAX, Rest::End))
+                    .await
             {
                 fences.push(self.fence_held(branch));
             }

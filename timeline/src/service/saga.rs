@@ -17,6 +17,7 @@ use ebb_types::{BranchId, LayerId, Lsn, OperationId, Point, ReleaseId};
 
 use super::compute::Fence;
 use super::{Caller, Project, Service};
+use crate::clients::Rest;
 use crate::decide::{Ask, Command, Found, Fresh, decide};
 use crate::event::{Event, Plan, Step};
 use crate::machine::Phase;
@@ -256,7 +257,8 @@ impl Service {
                 found.lsn = self.end_of_wal(project, *branch, found.sealed).await?;
             }
             (Plan::Suspend { branch, seal }, Step::Record) => {
-                let (held, sealed) = self.stop_locked(project, *branch, *seal, FENCE_MAX, false).await?;
+                let rest = project.ledger.state().branch_by_id(*branch)?.pinned.rest();
+                let (held, sealed) = self.stop_locked(project, *branch, *seal, FENCE_MAX, rest).await?;
                 *fence = Some(held);
                 found.take(sealed);
             }
@@ -264,7 +266,7 @@ impl Service {
                 return Err(Refusal::TooLate(format!("branch {branch} was woken meanwhile")).into());
             }
             (Plan::DeleteBranch { branch, .. }, Step::Switch) => {
-                *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, true).await?);
+                *fence = Some(self.fence(project, *branch, DELETE_FENCE_MAX, Rest::End).await?);
                 self.discard_locked(project, *branch).await?;
             }
             (Plan::DeleteBranch { branch, .. }, Step::Sweep) => {
@@ -386,7 +388,7 @@ impl Service {
         fence: &mut Option<Fence>,
     ) -> Result<Option<Sealed>> {
         self.node.fetch(layer).await?;
-        let (held, sealed) = self.stop_locked(project, branch, seal, FENCE_MAX, true).await?;
+        let (held, sealed) = self.stop_locked(project, branch, seal, FENCE_MAX, Rest::End).await?;
         *fence = Some(held);
         Ok(sealed)
     }

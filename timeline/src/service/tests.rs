@@ -447,7 +447,7 @@ async fn a_bucket_that_is_away_neither_stops_a_suspension_nor_turns_a_head_back(
     write(&rig, &service, "prod", "1").await;
     let prod = branch_id(&service, "prod").await;
     let project = service.project_of(prod).unwrap();
-    let suspend = || service.suspend_locked(&project, prod, Duration::ZERO, false);
+    let suspend = || service.suspend_locked(&project, prod, Duration::ZERO, crate::clients::Rest::Refuse);
     let head = || project.ledger.state().branches[&prod].head;
     let first = head();
 

@@ -55,6 +55,7 @@ impl Service {
             idle_suspend_seconds: self.idle_suspend(branch).as_secs_f64(),
             window_seconds: branch.window().as_secs_f64(),
             durability: branch.durability,
+            pinned: branch.pinned,
             upkeep: api::Upkeep::from(&branch.upkeep),
             allow: branch.allow.clone(),
             window_from: branch.window_start(self.clock.now()),

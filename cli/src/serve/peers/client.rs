@@ -279,10 +279,10 @@ impl Peers {
         gone: &CancellationToken,
     ) {
         match what {
-            What::Fence { deadline_ms, end_rest } => {
+            What::Fence { deadline_ms, rest } => {
                 let (peers, tell, gone) = (self.clone(), tell.clone(), gone.clone());
                 tokio::spawn(async move {
-                    let fenced = peers.clients.fence(branch, Duration::from_millis(deadline_ms), end_rest).await;
+                    let fenced = peers.clients.fence(branch, Duration::from_millis(deadline_ms), rest).await;
                     if gone.is_cancelled() {
                         peers.clients.release(branch);
                     }

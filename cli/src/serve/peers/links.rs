@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use ebb_timeline::clients::{Activity, Clients, SessionRow, SharedClients};
+use ebb_timeline::clients::{Activity, Clients, Rest, SessionRow, SharedClients};
 use ebb_types::{BranchId, NodeId};
 use futures::future::join_all;
 use parking_lot::Mutex;
@@ -117,10 +117,10 @@ impl Link {
     }
 
     /// Holds the guest's clients. One that does not answer loses its streams, and so its clients their computes.
-    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
+    async fn fence(&self, branch: BranchId, deadline: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
         let (answer, answered) = oneshot::channel();
         let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
-        self.order(branch, What::Fence { deadline_ms, end_rest }, Some(answer));
+        self.order(branch, What::Fence { deadline_ms, rest }, Some(answer));
         let blocked = tokio::select! {
             answered = tokio::time::timeout(deadline + ANSWER_MARGIN, answered) => match answered {
                 Ok(Ok(blocked)) => blocked,
@@ -161,10 +161,10 @@ impl Clients for Links {
         rows
     }
 
-    async fn fence(&self, branch: BranchId, deadline: Duration, end_rest: bool) -> Result<(), Vec<SessionRow>> {
+    async fn fence(&self, branch: BranchId, deadline: Duration, rest: Rest) -> Result<(), Vec<SessionRow>> {
         let links = self.all();
-        let own = self.own.fence(branch, deadline, end_rest);
-        let theirs = join_all(links.iter().map(|link| link.fence(branch, deadline, end_rest)));
+        let own = self.own.fence(branch, deadline, rest);
+        let theirs = join_all(links.iter().map(|link| link.fence(branch, deadline, rest)));
         let (own, theirs) = tokio::join!(own, theirs);
         let blocked: Vec<SessionRow> = [own].into_iter().chain(theirs).filter_map(Result::err).flatten().collect();
         if blocked.is_empty() {

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use ebb_timeline::clients::SessionRow;
+use ebb_timeline::clients::{Rest, SessionRow};
 use ebb_types::{BranchId, NodeId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -70,7 +70,7 @@ pub struct Order {
 #[serde(rename_all = "snake_case")]
 pub enum What {
     /// Hold them.
-    Fence { deadline_ms: u64, end_rest: bool },
+    Fence { deadline_ms: u64, rest: Rest },
     /// Let them go on.
     Release,
     /// Their compute is gone.

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use ebb_storage::object_store::Bucket;
 use ebb_storage::object_store::faulty::{Faults, Faulty};
-use ebb_types::{BranchId, ErrorKind};
+use ebb_types::{BranchId, Clock, ErrorKind, TestClock};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -35,9 +35,13 @@ async fn open(rig: &Rig, name: &str) -> Arc<Service> {
 }
 
 async fn open_on(rig: &Rig, name: &str, bucket: Bucket) -> Arc<Service> {
+    open_by(rig, name, bucket, Arc::new(ebb_types::SystemClock)).await
+}
+
+async fn open_by(rig: &Rig, name: &str, bucket: Bucket, clock: Arc<dyn Clock>) -> Arc<Service> {
     let config = ServiceConfig { node_name: name.to_owned(), node_ttl: TTL, ..rig.config() };
     let (clients, node) = (rig.clients.clone(), Arc::new(rig.node.clone()));
-    Service::open_on(config, bucket, clients, node, Arc::new(ebb_types::SystemClock)).await.unwrap()
+    Service::open_on(config, bucket, clients, node, clock).await.unwrap()
 }
 
 async fn create(service: &Arc<Service>) -> BranchId {
@@ -94,7 +98,7 @@ async fn a_node_that_is_gone_is_taken_over_and_can_do_nothing_when_it_comes_back
 
     until_gone(&new, prod).await;
     assert_eq!(rows(&other, &new, prod).await, ["kept"]);
-    assert_eq!(owner(&new), Owner { node: new.node_id(), epoch: 2, since: owner(&new).since });
+    assert_eq!(owner(&new), Owner { node: new.node_id(), epoch: 2, entry: owner(&new).entry });
     new.nodes.renew().await.unwrap();
 
     // The old one was only cut off. It notices at the next thing it tries, and whatever it has ends.
@@ -114,6 +118,24 @@ async fn a_node_that_is_gone_is_taken_over_and_can_do_nothing_when_it_comes_back
     new.move_project(&caller(), "shop", "old").await.unwrap();
     old.nodes.renew().await.unwrap();
     assert_eq!(rows(&rig, &old, prod).await, ["kept"]);
+}
+
+#[tokio::test]
+async fn whose_wal_may_be_archived_is_told_by_entries_and_not_by_clocks() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    write(&rig, &old, prod, "kept").await;
+    assert!(rig.node.0.lock().begun_here, "nobody else can have been awake on a project that was made just now");
+    checkpoint(&old, "c").await.unwrap();
+    rig.kill(old).await;
+
+    // In 1970, everything in the ledger is younger than this service.
+    let other = beside(&rig).await;
+    let new = open_by(&other, "new", other.bucket.clone(), Arc::new(TestClock::default())).await;
+    until_gone(&new, prod).await;
+    assert_eq!(rows(&other, &new, prod).await, ["kept"]);
+    assert!(!other.node.0.lock().begun_here, "the node before may have archived WAL");
 }
 
 #[tokio::test]
