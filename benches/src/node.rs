@@ -27,10 +27,14 @@ pub struct Node {
 impl Node {
     /// Starts a server with project `bench` and waits until it answers.
     pub fn start(common: &Common) -> Result<Self> {
-        let mut node = Self::open(common, |_| ())?;
-        let made = node.post("/v1/projects", &json!({"name": "bench"}))?;
-        node.password = made["password"].as_str().context("no password in the answer")?.to_owned();
-        Ok(node)
+        Self::open(common, |_| ())?.with_project()
+    }
+
+    /// Makes project `bench`.
+    pub fn with_project(mut self) -> Result<Self> {
+        let made = self.post("/v1/projects", &json!({"name": "bench"}))?;
+        self.password = made["password"].as_str().context("no password in the answer")?.to_owned();
+        Ok(self)
     }
 
     /// Starts a server that is told more, and waits until it answers. It has the projects of its bucket.

@@ -378,6 +378,8 @@ pub struct ServeArgs {
     /// Time between two rounds of deleting such objects [default: 1h]
     #[arg(long, value_name = "TIME", env = "EBB_COLLECT_INTERVAL", hide_env_values = true)]
     pub collect_interval: Option<String>,
+    #[command(flatten)]
+    pub access: crate::serve::access::AccessArgs,
     /// Settings in a TOML file; options given here win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -500,6 +502,24 @@ Examples:
         /// How many backends its clients in transaction mode share; 0: a quarter of what its Postgres takes
         #[arg(long, value_name = "COUNT")]
         pool_size: Option<u32>,
+    },
+    /// Set from where clients may connect to a branch; others are refused before they can try a password
+    #[command(after_help = "\
+Examples:
+  ebb branch allow shop/prod 192.0.2.0/24 2001:db8::/32
+  ebb branch allow shop/prod --any
+
+It replaces the list the branch has. Branches made from it begin with its list. What is on the machine of ebb serve can always
+connect. Connections that are open stay.")]
+    Allow {
+        /// PROJECT/BRANCH
+        branch: BranchRef,
+        /// All networks, and single addresses, that may connect
+        #[arg(value_name = "CIDR", value_parser = ebb_types::parse_network, required_unless_present = "any")]
+        networks: Vec<ipnet::IpNet>,
+        /// Let clients connect from anywhere again
+        #[arg(long, conflicts_with = "networks")]
+        any: bool,
     },
     /// Delete a branch
     #[command(after_help = "Example:\n  ebb branch delete shop/pr-42")]

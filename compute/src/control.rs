@@ -32,6 +32,8 @@ pub enum Request {
     },
     /// Stop Postgres at once, unmount and exit without sealing: the branch is going away.
     Discard,
+    /// Look at the roles now, and publish them: who asks next finds in the file what was committed before.
+    PublishRoles,
     /// Change what a commit waits for. When it is answered, every commit that is acknowledged from then on has it.
     SetDurability {
         /// What it is from now on.
@@ -70,6 +72,8 @@ pub enum Reply {
     Finished,
     /// To `Discard`.
     Discarded,
+    /// To `PublishRoles`.
+    RolesPublished,
     /// To `SetDurability`.
     DurabilitySet,
     /// To anything that failed.

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ebb_storage::object_store::BucketAt;
@@ -19,6 +20,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Child;
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::control::{Durability, Reply, Request, Status, receive, send};
@@ -31,6 +33,9 @@ const START_DEADLINE: Duration = Duration::from_secs(120);
 
 /// LIMIT: a unit answers this from memory, unless the machine is on its knees.
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);
+
+/// LIMIT: a look takes well below a millisecond; a client waits for it before it is asked for its password.
+const ROLES_DEADLINE: Duration = Duration::from_secs(1);
 
 /// LIMIT: a seal syncs what was written since the last one, at worst gigabytes to a slow disk.
 const SEAL_DEADLINE: Duration = Duration::from_secs(300);
@@ -126,9 +131,15 @@ pub struct ArchiveSpec {
 #[derive(Debug, Clone)]
 pub struct Unit {
     branch_dir: PathBuf,
+    /// When the last look at the roles was begun that succeeded. Held by whoever asks for one.
+    looked: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Unit {
+    fn at(branch_dir: PathBuf) -> Self {
+        Self { branch_dir, looked: Arc::default() }
+    }
+
     /// Starts a unit (the program `exe` with the argument `compute`) and waits until Postgres accepts connections.
     /// The volume must exist. If a unit of this branch still runs, it is adopted instead.
     ///
@@ -145,7 +156,7 @@ impl Unit {
         if let Some(unit) = Self::adopt(&branch_dir).await? {
             return unit.ready_by(deadline).await;
         }
-        let unit = Self { branch_dir };
+        let unit = Self::at(branch_dir);
         let spec = UnitSpec {
             branch_dir: unit.branch_dir.clone(),
             layers_dir: std::path::absolute(&spec.layers_dir).on("find", &spec.layers_dir)?,
@@ -171,7 +182,7 @@ impl Unit {
     /// Finds the unit of a branch directory, if one is alive and answers. One that is alive and does not answer is
     /// killed: Postgres recovers at the next start.
     pub async fn adopt(branch_dir: &Path) -> Result<Option<Self>> {
-        let unit = Self { branch_dir: std::path::absolute(branch_dir).on("find", branch_dir)? };
+        let unit = Self::at(std::path::absolute(branch_dir).on("find", branch_dir)?);
         // A unit that is starting has the lock for a while before it answers; one that ends, after it answered last.
         let deadline = Instant::now() + STATUS_DEADLINE;
         let mut pauses = Pauses::default();
@@ -207,6 +218,28 @@ impl Unit {
     pub async fn seal(&self, layer: LayerId) -> Result<Sealed> {
         match self.request(&Request::Seal { layer }, SEAL_DEADLINE).await? {
             Reply::Sealed { layer, new, end } => Ok(Sealed { layer, new, end }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the roles published as they are now, or were at some moment after this was called. All who ask while a look is
+    /// under way share the next one.
+    ///
+    /// # Errors
+    /// If the unit does not answer within a second: what it published last is not older than that.
+    pub async fn publish_roles(&self) -> Result<()> {
+        let asked = Instant::now();
+        let mut looked = self.looked.lock().await;
+        if looked.is_some_and(|begun| begun >= asked) {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        match self.ask(&Request::PublishRoles, ROLES_DEADLINE).await? {
+            Reply::RolesPublished => {
+                *looked = Some(begun);
+                Ok(())
+            }
+            Reply::Failed { message } => Err(Error::Refused(message)),
             other => Err(unexpected(&other)),
         }
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, ProxyHandle, Unreplayable};
-use ebb_types::{BranchId, EndpointName, Point};
+use ebb_types::{AllowList, BranchId, EndpointName, Point};
 use tokio_util::sync::CancellationToken;
 
 const BRANCH: BranchId = BranchId::for_test(1);
@@ -28,6 +28,14 @@ struct AlwaysAwake {
 impl Endpoints for AlwaysAwake {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "postgres".to_owned(), pool_size: None })
+    }
+
+    async fn allowed(&self, _: BranchId) -> Result<AllowList, EndpointError> {
+        Ok(AllowList::default())
+    }
+
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        None
     }
 
     async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {

@@ -390,12 +390,23 @@ pub enum Standing {
     Pinned(String),
 }
 
+/// Whose seats are all taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Full {
+    /// The endpoint's.
+    Endpoint,
+    /// The role's at this endpoint.
+    Role,
+}
+
 type Waking = Shared<BoxFuture<'static, Result<Awake, EndpointError>>>;
 
 #[derive(Debug)]
 struct Inner {
     gate: Gate,
     seats: HashMap<u64, (Arc<Seat>, Standing)>,
+    /// How many of them each role has; none has 0.
+    of_role: HashMap<String, usize>,
     waking: Option<Waking>,
     /// The compute as last heard of.
     awake: Option<Awake>,
@@ -427,6 +438,7 @@ impl Branch {
             inner: Mutex::new(Inner {
                 gate: Gate::Open,
                 seats: HashMap::new(),
+                of_role: HashMap::new(),
                 waking: None,
                 awake: None,
                 usual_wake: None,
@@ -438,14 +450,22 @@ impl Branch {
         })
     }
 
-    /// Takes a seat, unless `limit` are taken. It is left when the answer is dropped.
-    pub fn join(self: &Arc<Self>, seat: &Arc<Seat>, limit: usize) -> Option<Membership> {
+    /// Takes a seat. It is left when the answer is dropped.
+    ///
+    /// # Errors
+    /// If `most` are taken, or `most_of_role` by the same role.
+    pub fn join(self: &Arc<Self>, seat: &Arc<Seat>, most: usize, most_of_role: usize) -> Result<Membership, Full> {
         let mut inner = self.inner.lock();
-        if inner.seats.len() >= limit {
-            return None;
+        if inner.seats.len() >= most {
+            return Err(Full::Endpoint);
         }
+        let role = &seat.sitter.role;
+        if inner.of_role.get(role).is_some_and(|taken| *taken >= most_of_role) {
+            return Err(Full::Role);
+        }
+        *inner.of_role.entry(role.clone()).or_insert(0) += 1;
         inner.seats.insert(seat.sitter.conn, (seat.clone(), Standing::Apart));
-        Some(Membership { branch: self.clone(), conn: seat.sitter.conn })
+        Ok(Membership { branch: self.clone(), conn: seat.sitter.conn })
     }
 
     /// See [`Endpoints::may_answer`].
@@ -668,6 +688,17 @@ impl Branch {
 }
 
 impl Inner {
+    fn leave(&mut self, conn: u64) {
+        let Some((seat, _)) = self.seats.remove(&conn) else { return };
+        let role = &seat.sitter.role;
+        if let Some(taken) = self.of_role.get_mut(role) {
+            *taken -= 1;
+            if *taken == 0 {
+                self.of_role.remove(role);
+            }
+        }
+    }
+
     fn stand(&mut self, conn: u64, standing: Standing) {
         if let Some((_, held)) = self.seats.get_mut(&conn) {
             *held = standing;
@@ -754,7 +785,7 @@ impl Drop for Membership {
     fn drop(&mut self) {
         {
             let mut inner = self.branch.inner.lock();
-            inner.seats.remove(&self.conn);
+            inner.leave(self.conn);
             inner.last_left = Some(Instant::now());
         }
         self.branch.settled.notify_waiters();

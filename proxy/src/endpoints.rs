@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use ebb_types::{BranchId, EndpointName, Point, SqlState};
+use ebb_types::{AllowList, BranchId, EndpointName, Point, SqlState};
 
 /// What the proxy needs of the rest of Ebb.
 #[async_trait]
@@ -16,8 +16,16 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
     /// Finds an endpoint by name. Never wakes anything; cheap enough for every unauthenticated connection.
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError>;
 
+    /// From where clients may connect to a branch. Never wakes anything; cheap enough for every unauthenticated connection.
+    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError>;
+
+    /// What the salts of unknown roles are made from: secret, and the same wherever and whenever a client may ask, so that
+    /// they look like stored ones. `None`: a secret of this proxy's own.
+    fn mock_secret(&self) -> Option<[u8; 32]>;
+
     /// The stored SCRAM-SHA-256 verifier of a role (in the text form of `pg_authid.rolpassword`), or `None` if the
-    /// role is unknown or may not log in. Never wakes anything.
+    /// role is unknown or may not log in. Another text (`md5`) is a password that no client can prove here. Never wakes
+    /// anything.
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError>;
 
     /// Names a visit to a moment of a branch: what is woken, listed and left under this identifier is a read-only image of

@@ -152,23 +152,87 @@ impl Said {
             .hint("Connect with sslmode=require, or better sslmode=verify-full and the proxy's ca.pem as sslrootcert.")
     }
 
-    // Authentication.
+    // Who gets in.
 
-    /// A wrong password, an unknown role, a role that may not log in: all look alike.
+    /// A trusted load balancer did not begin with a PROXY protocol header of version 2, or with a broken one.
+    pub fn no_proxy_header(why: impl std::fmt::Display) -> Self {
+        Self::fatal(SqlState::PROTOCOL_VIOLATION, "the load balancer did not tell for whom it speaks")
+            .detail(format!("What it sent is not what its address is trusted to send: {why}."))
+            .hint("Have it send version 2 of the PROXY protocol, or take its address out of --proxy-protocol.")
+    }
+
+    /// More connections from one address than its rate allows.
+    pub fn too_many_from_address(wait: Duration) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "too many connections from this address in a short time")
+            .detail("This is the proxy's limit for connections of one address.")
+            .hint(again_in(wait))
+    }
+
+    /// More connections of one address that have not logged in yet than it has places.
+    pub fn too_many_strangers(limit: usize) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "too many connections from this address that have not logged in")
+            .detail(format!("This is the proxy's limit: {limit} connections of one address that have not logged in."))
+            .hint("Try again when some of them have logged in or gone.")
+    }
+
+    /// More logins at an endpoint than its rate allows.
+    pub fn too_many_logins(endpoint: &str, wait: Duration) -> Self {
+        Self::fatal(
+            SqlState::TOO_MANY_CONNECTIONS,
+            format!("too many logins at endpoint \"{endpoint}\" in a short time"),
+        )
+        .detail(
+            "This is the proxy's limit for logins at one endpoint by addresses that have not logged in there lately.",
+        )
+        .hint(again_in(wait))
+    }
+
+    /// The branch's allow list does not have this address.
+    pub fn not_allowed(endpoint: &str, address: std::net::IpAddr) -> Self {
+        Self::fatal(
+            SqlState::INVALID_AUTHORIZATION,
+            format!("endpoint \"{endpoint}\" does not take connections from address {address}"),
+        )
+        .hint("Connect from an address on its allow list, or have this one put there with `ebb branch allow`.")
+    }
+
+    /// A client from afar without a certificate, where one is wanted.
+    pub fn certificate_wanted() -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "connection requires a valid client certificate").hint(
+            "Give the client a certificate of an authority that this server trusts (sslcert and sslkey in libpq).",
+        )
+    }
+
+    /// A client certificate that is another's.
+    pub fn certificate_of_another(role: &str) -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, format!("certificate authentication failed for user \"{role}\""))
+            .hint("The common name of the client's certificate must be the name of the role.")
+    }
+
+    /// A wrong password, an unknown role, a role that may not log in: all look alike, down to the hint.
     pub fn wrong_password(role: &str) -> Self {
-        Self::fatal(SqlState::INVALID_PASSWORD, format!("password authentication failed for user \"{role}\""))
+        Self::fatal(SqlState::INVALID_PASSWORD, format!("password authentication failed for user \"{role}\"")).hint(
+            "If the password is right, it may be stored as md5, which is not taken here: \
+             set it again while password_encryption is scram-sha-256.",
+        )
     }
 
     /// Too many wrong passwords from this address.
     pub fn too_many_failures(wait: Duration) -> Self {
-        Self::fatal(SqlState::INVALID_AUTHORIZATION, "too many failed logins from this address")
-            .hint(format!("Try again in {} s.", wait.as_secs() + 1))
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, "too many failed logins from this address").hint(again_in(wait))
+    }
+
+    /// Too many wrong passwords at an endpoint, from anywhere.
+    pub fn too_many_failures_at(endpoint: &str, wait: Duration) -> Self {
+        Self::fatal(SqlState::INVALID_AUTHORIZATION, format!("too many failed logins at endpoint \"{endpoint}\""))
+            .detail("Addresses that have logged in there lately are not held up.")
+            .hint(again_in(wait))
     }
 
     /// The endpoint holds as many sessions as it may.
     pub fn too_many_sessions(endpoint: &str, limit: usize) -> Self {
         Self::fatal(SqlState::TOO_MANY_CONNECTIONS, format!("too many connections for endpoint \"{endpoint}\""))
-            .detail(format!("The limit is {limit} connections per endpoint."))
+            .detail(format!("This is the proxy's limit: {limit} connections per endpoint, sleeping ones included."))
             .hint("Close connections that are not needed, or use a connection pool in the application.")
     }
 
@@ -199,6 +263,18 @@ impl Said {
         Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "too many sessions keep a connection of the pool for themselves")
             .detail(format!("This one would keep it for a {reason}; half of the pool may be kept so."))
             .hint("Connect to the endpoint's own name, without -pooler, or give up what keeps the connection.")
+    }
+
+    /// The role has as many sessions at the endpoint as it may.
+    pub fn too_many_sessions_of_role(role: &str, endpoint: &str, limit: usize) -> Self {
+        Self::fatal(
+            SqlState::TOO_MANY_CONNECTIONS,
+            format!("too many connections for role \"{role}\" at endpoint \"{endpoint}\""),
+        )
+        .detail(format!(
+            "This is the proxy's limit: {limit} connections per role and endpoint, sleeping ones included."
+        ))
+        .hint("Close connections that are not needed, or use a connection pool in the application.")
     }
 
     // Waiting.
@@ -305,6 +381,10 @@ impl Said {
     }
 }
 
+fn again_in(wait: Duration) -> String {
+    format!("Try again in {} s.", wait.as_secs() + 1)
+}
+
 impl From<EndpointError> for Said {
     fn from(error: EndpointError) -> Self {
         Self {
@@ -324,8 +404,8 @@ mod tests {
     #[test]
     fn an_error_carries_both_severities_and_only_the_fields_it_has() {
         let mut out = Vec::new();
-        Said::wrong_password("app").encode(&mut out);
-        let text = b"SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed for user \"app\"\0\0";
+        Said::no_user().encode(&mut out);
+        let text = b"SFATAL\0VFATAL\0C28000\0Mno user name given in the startup packet\0\0";
         assert_eq!(out[0], b'E');
         assert_eq!(out[1..5], (text.len() as u32 + 4).to_be_bytes());
         assert_eq!(out[5..], text[..]);

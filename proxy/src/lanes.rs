@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
 use async_trait::async_trait;
-use ebb_types::{BranchId, EndpointName, Point, SqlState};
+use ebb_types::{AllowList, BranchId, EndpointName, Point, SqlState};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::CancellationToken;
 
@@ -131,6 +131,15 @@ impl Endpoints for Elsewhere {
         self.ask(async move { endpoints.find(&name).await }).await
     }
 
+    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError> {
+        let endpoints = self.endpoints.clone();
+        self.ask(async move { endpoints.allowed(branch).await }).await
+    }
+
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        self.endpoints.mock_secret()
+    }
+
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
         let (endpoints, role) = (self.endpoints.clone(), role.to_owned());
         self.ask(async move { endpoints.verifier(branch, &role).await }).await
@@ -177,6 +186,14 @@ mod tests {
     impl Endpoints for NotOurs {
         async fn find(&self, _: &EndpointName) -> Result<Endpoint, EndpointError> {
             unreachable!("nobody asks")
+        }
+
+        async fn allowed(&self, _: BranchId) -> Result<AllowList, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        fn mock_secret(&self) -> Option<[u8; 32]> {
+            None
         }
 
         async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {

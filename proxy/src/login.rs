@@ -5,17 +5,22 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ebb_types::{EndpointName, Point, SqlState};
+use rustls::ServerConfig;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::door;
 use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::proxy::Shared;
 use crate::scram::{self, Exchange, Failure, Verifier};
 use crate::startup::{PACKET_MAX, Packet, Place, Startup, behind_pooler};
+use crate::strangers::Stranger;
 use crate::stream::ClientStream;
 use crate::tls::ALPN;
 use crate::wire::{Fields, cstr, message, read_message};
@@ -38,6 +43,8 @@ pub struct Login {
     pub role: String,
     /// In transaction mode.
     pub pooled: bool,
+    /// From where.
+    pub peer: SocketAddr,
 }
 
 /// How a connection ends before there is a session.
@@ -45,6 +52,8 @@ pub struct Login {
 pub enum Turned {
     /// Told why.
     Away(ClientStream, Said),
+    /// Told why, with this SQLSTATE, and cut, at the door.
+    Told(&'static str),
     /// Nothing is to be said: it hung up, or only wanted to cancel.
     Off,
 }
@@ -59,17 +68,25 @@ impl From<io::Error> for Turned {
 ///
 /// # Errors
 /// How the connection ends instead.
-pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Result<Login, Turned> {
-    let (mut client, mut startup) = greet(shared, socket, peer).await?;
-    let (sni, binding) = match &client {
-        ClientStream::Plain(_) => (None, None),
+pub async fn login(
+    shared: &Shared,
+    mut socket: TcpStream,
+    from: SocketAddr,
+    stranger: &mut Stranger,
+) -> Result<Login, Turned> {
+    let peer = door::introduce(shared, &mut socket, from, stranger).await?;
+    let served = shared.certificates.served();
+    let (mut client, mut startup) = greet(shared, socket, peer.address, &served.config).await?;
+    let (sni, binding, encrypted) = match &client {
+        ClientStream::Plain(_) => (None, None, false),
         ClientStream::Tls(stream) => {
             let sni = stream.get_ref().1.server_name();
-            (sni.map(str::to_owned), Some(shared.authority.channel_binding(sni)))
+            (sni.map(str::to_owned), served.channel_binding(sni), true)
         }
     };
     let result = async {
-        if binding.is_none() && !peer.ip().to_canonical().is_loopback() {
+        if !encrypted && !peer.is_local {
+            door::refused("tls_wanted");
             return Err(Said::tls_wanted().into());
         }
         if let Some(negotiation) = startup.negotiation() {
@@ -81,7 +98,8 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         let pooled = pooled.unwrap_or(by_name);
         startup.default_database(&endpoint.default_database);
         startup.fix_user(&role);
-        authenticate(shared, &mut client, peer, &endpoint, &role, binding.as_ref().map(|hash| &hash[..])).await?;
+        door::admit(shared, &client, peer, &endpoint, &role).await?;
+        authenticate(shared, &mut client, peer.address, &endpoint, &role, binding.as_deref()).await?;
         if point != Point::Head {
             // Whoever may not come in now may not come into the past either.
             endpoint.branch = shared.endpoints.visit(endpoint.branch, &point).await.map_err(Said::from)?;
@@ -89,7 +107,7 @@ pub async fn login(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Resu
         Ok((endpoint, role, pooled))
     };
     match result.await {
-        Ok((endpoint, role, pooled)) => Ok(Login { client, startup, endpoint, role, pooled }),
+        Ok((endpoint, role, pooled)) => Ok(Login { client, startup, endpoint, role, pooled, peer: peer.address }),
         Err(Refusal::Say(said)) => Err(Turned::Away(client, said)),
         Err(Refusal::HungUp) => Err(Turned::Off),
     }
@@ -129,11 +147,16 @@ impl From<io::Error> for Refusal {
 ///
 /// Each request is read to its last byte and no further, so that nothing sent in the clear behind it is ever taken for
 /// something that came encrypted (CVE-2021-23214): it meets the TLS handshake, which it breaks.
-async fn greet(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Result<(ClientStream, Startup), Turned> {
+async fn greet(
+    shared: &Shared,
+    socket: TcpStream,
+    peer: SocketAddr,
+    tls: &Arc<ServerConfig>,
+) -> Result<(ClientStream, Startup), Turned> {
     let direct = begins_with_tls(&socket).await?;
     let mut client = ClientStream::Plain(socket);
     if direct {
-        client = encrypt(shared, client, Alpn::Required).await?;
+        client = encrypt(shared, client, tls, Alpn::Required).await?;
     }
     let mut may_encrypt = !direct;
     let mut may_gss = !direct;
@@ -145,7 +168,7 @@ async fn greet(shared: &Shared, socket: TcpStream, peer: SocketAddr) -> Result<(
         match packet {
             Ok(Packet::SslRequest) if may_encrypt => {
                 client.send(b"S").await?;
-                client = encrypt(shared, client, Alpn::Optional).await?;
+                client = encrypt(shared, client, tls, Alpn::Optional).await?;
                 (may_encrypt, may_gss) = (false, false);
             }
             Ok(Packet::GssRequest) if may_gss => {
@@ -183,9 +206,15 @@ enum Alpn {
     Required,
 }
 
-async fn encrypt(shared: &Shared, client: ClientStream, alpn: Alpn) -> Result<ClientStream, Turned> {
+async fn encrypt(
+    shared: &Shared,
+    client: ClientStream,
+    tls: &Arc<ServerConfig>,
+    alpn: Alpn,
+) -> Result<ClientStream, Turned> {
     let ClientStream::Plain(socket) = client else { return Err(Turned::Off) };
-    let stream = TlsAcceptor::from(shared.tls.clone()).accept(socket).await?;
+    let handshake = shared.home.spawn(TlsAcceptor::from(tls.clone()).accept(socket));
+    let stream = AbortOnDropHandle::new(handshake).await.map_err(io::Error::other)??;
     if alpn == Alpn::Required && stream.get_ref().1.alpn_protocol() != Some(ALPN) {
         tracing::debug!("direct TLS without the protocol's name is refused");
         return Err(Turned::Off);
@@ -213,14 +242,18 @@ async fn authenticate(
     role: &str,
     channel: Option<&[u8]>,
 ) -> Result<(), Refusal> {
-    if let Some(wait) = shared.failed_logins.wait(peer.ip()) {
-        return Err(Said::too_many_failures(wait).into());
-    }
     let stored = shared.endpoints.verifier(endpoint.branch, role).await.map_err(Said::from)?;
-    let verifier = stored
-        .as_deref()
-        .and_then(Verifier::parse)
-        .unwrap_or_else(|| Verifier::mock(shared.authority.mock_secret(), &format!("{}\0{role}", endpoint.branch)));
+    let verifier = stored.as_deref().and_then(Verifier::parse).unwrap_or_else(|| {
+        if stored.is_some() {
+            // The client is told no more than anyone: the role exists.
+            door::refused("no_scram");
+            tracing::debug!(role, endpoint = %endpoint.name, "the role's password is not stored as SCRAM-SHA-256");
+        }
+        // Branches of a project have most roles in common, salts included: so does what only looks like one.
+        let who = format!("{}\0{role}", endpoint.name.branch_ref().project);
+        let secret = shared.endpoints.mock_secret();
+        Verifier::mock(secret.as_ref().map_or(shared.authority.mock_secret(), |secret| secret), &who)
+    });
 
     match exchange(client, verifier, channel).await? {
         Ok(last) => {
@@ -228,11 +261,12 @@ async fn authenticate(
             authentication(&mut out, 12, last.as_bytes());
             authentication(&mut out, 0, b"");
             client.send(&out).await?;
+            shared.limits.succeeded(peer.ip(), endpoint.branch);
             metrics::counter!("ebb_proxy_logins_total", "result" => "ok").increment(1);
             Ok(())
         }
         Err(Failure::WrongPassword) => {
-            shared.failed_logins.failed(peer.ip());
+            shared.limits.failed(peer.ip(), endpoint.branch);
             metrics::counter!("ebb_proxy_logins_total", "result" => "refused").increment(1);
             Err(Said::wrong_password(role).into())
         }

@@ -18,19 +18,23 @@ use async_trait::async_trait;
 use dashmap::DashMap;
 use ebb_types::BranchId;
 use ebb_types::Hint;
+use ipnet::IpNet;
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::branch::{Branch, Order};
 use crate::cancel::CancelKeys;
+use crate::certificates::{Certificates, GivenFiles};
 use crate::endpoints::{Activity, Blocked, Census, Endpoints, ProxyHandle, SessionInfo, Sessions, Unreplayable};
 use crate::lanes::{Elsewhere, Lanes};
-use crate::limits::FailedLogins;
+use crate::limits::{Limits, Rates};
 use crate::session::{GaugeGuard, serve};
-use crate::tls::{Authority, TlsError, server_config};
+use crate::strangers::Strangers;
+use crate::tls::{Authority, TlsError};
 
 /// LIMIT: connections at once, far above what one machine's Postgres serves; more wait in the listen queue.
 const CONNECTIONS_MAX: usize = 60_000;
@@ -73,6 +77,20 @@ pub struct ProxyConfig {
     pub pool_size: Option<usize>,
     /// How long a client in transaction mode waits for one of them. Default 30 s; then `53300`.
     pub pool_wait: Duration,
+    /// Sessions one role may hold at one endpoint, hibernated ones included. Default 10,000; then `53300`.
+    pub sessions_per_role_max: usize,
+    /// Connections that have not logged in yet. Default 10,000, far below what there is room for in all; then one of them,
+    /// drawn by lot, is cut for each that comes.
+    pub unauthenticated_max: usize,
+    /// … of one address (of IPv6: one network of 64 bits). Default 1,000; then `53300`.
+    pub unauthenticated_per_address_max: usize,
+    /// How often one may try to log in.
+    pub rates: Rates,
+    /// Load balancers, which must begin every connection by telling for whom they speak (PROXY protocol, version 2).
+    /// Default none.
+    pub proxy_protocol: Vec<IpNet>,
+    /// Certificates to use instead of the own authority's, and the authorities of clients'. Default neither.
+    pub files: GivenFiles,
     /// A client that waits for longer is written to the log, with what it waited for. Default 2 s.
     pub slow_wake: Duration,
     /// Threads that carry the sessions. Default: one for four processors; they are shared with whatever else runs here.
@@ -93,6 +111,12 @@ impl ProxyConfig {
             sessions_per_endpoint_max: 10_000,
             pool_size: None,
             pool_wait: Duration::from_secs(30),
+            sessions_per_role_max: 10_000,
+            unauthenticated_max: 10_000,
+            unauthenticated_per_address_max: 1_000,
+            rates: Rates::default(),
+            proxy_protocol: Vec::new(),
+            files: GivenFiles::default(),
             slow_wake: Duration::from_secs(2),
             lanes: Lanes::usual(),
         }
@@ -126,6 +150,9 @@ impl Hint for ProxyError {
                 Some("Choose another address with --listen, or stop what listens there.".to_owned())
             }
             ProxyError::Listen { .. } | ProxyError::Threads(_) => None,
+            ProxyError::Tls(TlsError::Given { .. }) => {
+                Some("Certificates and keys are given as PEM files that this server may read.".to_owned())
+            }
             ProxyError::Tls(_) => Some(
                 "Mend the permissions of the directory or restore its files; if it is deleted, a new authority is \
                  made, and clients that verify must be given its ca.pem."
@@ -150,9 +177,12 @@ pub struct Shared {
     pub config: ProxyConfig,
     pub endpoints: Arc<dyn Endpoints>,
     pub authority: Arc<Authority>,
-    pub tls: Arc<rustls::ServerConfig>,
+    pub certificates: Arc<Certificates>,
     pub keys: Arc<CancelKeys>,
-    pub failed_logins: FailedLogins,
+    pub limits: Limits,
+    pub strangers: Arc<Strangers>,
+    /// Where handshakes are made: strangers' arithmetic must not hold up the sessions on the lanes.
+    pub home: Handle,
     /// Wakes and cancel requests, which outlive those who ask for them.
     pub tasks: TaskTracker,
     /// No new sessions: the proxy stops.
@@ -192,7 +222,8 @@ impl Proxy {
     /// Takes the address and reads, or makes, the certificate authority. The endpoints are asked in the current runtime.
     ///
     /// # Errors
-    /// If the address cannot be had, the certificate authority cannot be read or written, or there are no threads.
+    /// If the address cannot be had, a file of a certificate, a key or an authority cannot be read, written or used, or
+    /// there are no threads.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -210,17 +241,19 @@ impl Proxy {
     /// Outside a tokio runtime.
     pub fn over(listener: TcpListener, config: ProxyConfig, endpoints: Arc<dyn Endpoints>) -> Result<Self, ProxyError> {
         let authority = Arc::new(Authority::open(&config.tls_dir, &config.domain)?);
-        let tls = server_config(authority.clone())?;
+        let certificates = Arc::new(Certificates::open(authority.clone(), config.files.clone())?);
         let unable = |source| ProxyError::Listen { addr: config.listen, source };
         let addr = listener.local_addr().map_err(unable)?;
         let lanes = Lanes::start(config.lanes).map_err(ProxyError::Threads)?;
         let shared = Arc::new(Shared {
+            limits: Limits::new(&config.rates),
+            strangers: Strangers::new(config.unauthenticated_max, config.unauthenticated_per_address_max),
             config,
             endpoints: Elsewhere::new(endpoints),
             authority,
-            tls,
+            certificates,
             keys: Arc::new(CancelKeys::new()),
-            failed_logins: FailedLogins::new(),
+            home: Handle::current(),
             tasks: TaskTracker::new(),
             shutdown: CancellationToken::new(),
             branches: DashMap::new(),
@@ -263,6 +296,8 @@ impl Proxy {
         let cut = CancellationToken::new();
         let _cut_on_drop = cut.clone().drop_guard();
         tracing::info!(%addr, "proxy listens");
+        let keeping = tokio::spawn(shared.certificates.clone().keep(shutdown.clone()));
+        let _keeping = AbortOnDropHandle::new(keeping);
         accept(&listener, &shared, &lanes, &connections, &cut, &shutdown).await;
         drop(listener);
 

@@ -29,6 +29,7 @@ use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standi
 use crate::calloff::{CalledOff, Next};
 use crate::cancel::{CancelTarget, IssuedKey};
 use crate::conversation::Conversation;
+use crate::door::{no_seat, refused};
 use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
@@ -73,16 +74,29 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
     let empty = tracing::field::Empty;
     let span = tracing::info_span!("connection", conn, %peer, endpoint = empty, role = empty);
     async {
-        let admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer)).await;
+        let mut stranger = shared.strangers.enter();
+        let crowded_out = stranger.loss();
+        let admitted = tokio::select! {
+            admitted = timeout(shared.config.login_timeout, login(&shared, socket, peer, &mut stranger)) => admitted,
+            () = crowded_out.notified() => {
+                tracing::debug!("connection made room for another one before it had logged in");
+                return note_connect("made_room", "");
+            }
+        };
         match admitted {
-            Ok(Ok(login)) => run(&shared, login, peer, conn).await,
+            Ok(Ok(login)) => {
+                drop(stranger);
+                run(&shared, login, conn).await;
+            }
             Ok(Err(Turned::Away(client, said))) => {
                 tracing::debug!(sqlstate = said.sqlstate(), "connection turned away");
                 note_connect("refused", said.sqlstate());
                 client.goodbye(&encoded(&said)).await;
             }
+            Ok(Err(Turned::Told(sqlstate))) => note_connect("refused", sqlstate),
             Ok(Err(Turned::Off)) => note_connect("left", ""),
             Err(_) => {
+                refused("login_timeout");
                 tracing::debug!("login timed out");
                 note_connect("timed_out", "");
             }
@@ -92,7 +106,8 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
     .await;
 }
 
-async fn run(shared: &Arc<Shared>, mut login: Login, peer: SocketAddr, conn: u64) {
+async fn run(shared: &Arc<Shared>, mut login: Login, conn: u64) {
+    let peer = login.peer;
     let span = tracing::Span::current();
     span.record("endpoint", tracing::field::display(&login.endpoint.name)).record("role", &login.role);
     let wishes = match Wishes::take(&mut login.startup, shared.config.answer_pings) {
@@ -112,11 +127,14 @@ async fn run(shared: &Arc<Shared>, mut login: Login, peer: SocketAddr, conn: u64
     };
     let branch = shared.branch(login.endpoint.branch);
     let seat = Seat::new(sitter);
-    let limit = shared.config.sessions_per_endpoint_max;
-    let Some(membership) = branch.join(&seat, limit) else {
-        let said = Said::too_many_sessions(&login.endpoint.name.to_string(), limit);
-        note_connect("refused", said.sqlstate());
-        return login.client.goodbye(&encoded(&said)).await;
+    let (most, most_of_role) = (shared.config.sessions_per_endpoint_max, shared.config.sessions_per_role_max);
+    let membership = match branch.join(&seat, most, most_of_role) {
+        Ok(membership) => membership,
+        Err(full) => {
+            let said = no_seat(full, shared, &login.endpoint, &seat.sitter.role);
+            note_connect("refused", said.sqlstate());
+            return login.client.goodbye(&encoded(&said)).await;
+        }
     };
     tracing::debug!(branch = %login.endpoint.branch, pooled = login.pooled, "client logged in");
     if login.pooled {

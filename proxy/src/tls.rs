@@ -21,7 +21,8 @@ use rcgen::{
     date_time_ymd,
 };
 use rustls::crypto::aws_lc_rs;
-use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, NoClientAuth, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SigningKey};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use sha2::{Digest, Sha256};
@@ -57,6 +58,14 @@ pub enum TlsError {
     /// The TLS library refused a certificate just made.
     #[error("certificate is unusable")]
     Certificate(#[from] rustls::Error),
+    /// A file that the operator gave cannot be used.
+    #[error("file {path:?} cannot be used: {why}")]
+    Given {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 /// A certificate authority with its server key.
@@ -160,16 +169,19 @@ impl ResolvesServerCert for Authority {
 /// What a client that speaks ALPN calls the protocol (PostgreSQL 18, 54.2.10).
 pub const ALPN: &[u8] = b"postgresql";
 
-/// The TLS settings of the listening side: TLS 1.2 and 1.3, no client certificates. A client that offers other protocols
-/// only is refused in the handshake.
+/// The TLS settings of the listening side: TLS 1.2 and 1.3; client certificates where there is a verifier for them. A
+/// client that offers other protocols only is refused in the handshake.
 ///
 /// # Errors
 /// If the TLS library does not offer these versions.
-pub fn server_config(authority: Arc<Authority>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+pub fn server_config(
+    shown: Arc<dyn ResolvesServerCert>,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_cert_resolver(authority);
+        .with_client_cert_verifier(clients.unwrap_or_else(|| Arc::new(NoClientAuth)))
+        .with_cert_resolver(shown);
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(config))
 }

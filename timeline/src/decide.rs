@@ -5,7 +5,9 @@
 
 use ebb_compute::control::Durability;
 use ebb_compute::import::DumpFormat;
-use ebb_types::{BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp};
+use ebb_types::{
+    AllowList, BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp,
+};
 
 use crate::api::types::{Parent, SetAside};
 use crate::clients::Pinned;
@@ -64,6 +66,8 @@ pub enum Ask {
         durability: Option<Durability>,
         /// What is done for it by itself.
         upkeep: UpkeepChange,
+        /// From where clients may connect; `None`: as it is.
+        allow: Option<AllowList>,
         /// What becomes of idle sessions that cannot be given back; `None`: as it is.
         pinned: Option<Pinned>,
         /// How many backends its clients in transaction mode share, 0 for as many as is derived; `None`: as it is.
@@ -318,11 +322,11 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
             Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, pool_size, .. } => {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, pool_size, allow, .. } => {
             if pool_size.is_some_and(|size| size > POOL_SIZE_MAX) {
                 return Err(Refusal::Invalid(format!("pool_size must be at most {POOL_SIZE_MAX}")));
             }
-            if let Some(fault) = upkeep.fault() {
+            if let Some(fault) = upkeep.fault().or_else(|| allow.as_ref()?.fault()) {
                 return Err(Refusal::Invalid(fault));
             }
             if idle_suspend_ms.is_some_and(|ms| !(IDLE_SUSPEND_MIN_MS..=IDLE_SUSPEND_MAX_MS).contains(&ms)) {
@@ -617,10 +621,11 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
         }
         (
             Plan::ChangeBranch { branch },
-            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, pool_size, .. },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, allow, pool_size, .. },
         ) => {
             let (idle_suspend_ms, window_ms, durability) = (*idle_suspend_ms, *window_ms, *durability);
-            let (branch, upkeep, pinned, pool_size) = (*branch, upkeep.clone(), *pinned, *pool_size);
+            let (branch, upkeep, pinned) = (*branch, upkeep.clone(), *pinned);
+            let (allow, pool_size) = (allow.clone(), *pool_size);
             events.push(Event::BranchChanged {
                 branch,
                 idle_suspend_ms,
@@ -628,6 +633,7 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 durability,
                 upkeep,
                 pinned,
+                allow,
                 pool_size,
             });
         }

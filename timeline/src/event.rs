@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use ebb_compute::control::Durability;
 use ebb_compute::import::DumpFormat;
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, Point, ProjectId, ProjectName, ReleaseId, Timestamp,
+    AllowList, BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, Point, ProjectId, ProjectName, ReleaseId,
+    Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +54,7 @@ pub enum Event {
         /// A position that all WAL of the head lies before, where known.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         end: Option<Lsn>,
-        /// Where that is from.
+        /// Where that is from: the branch also begins with the allow list of that one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         parent: Option<Parent>,
         /// For a rescue branch: until when nothing may delete it.
@@ -76,6 +77,9 @@ pub enum Event {
         /// What is new of what is done for it by itself.
         #[serde(default, skip_serializing_if = "UpkeepChange::is_empty")]
         upkeep: UpkeepChange,
+        /// From where clients may connect, if that is new.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        allow: Option<AllowList>,
         /// What becomes of idle sessions that cannot be given back, if that is new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pinned: Option<Pinned>,

@@ -685,6 +685,12 @@ impl Node for LocalNode {
 
     async fn roles(&self, data: &Line) -> Result<Option<Roles>> {
         let of_branch = self.branch_dir(data.branch).join("roles.json");
+        if let Some(unit) = self.unit(data.branch)
+            && let Err(error) = unit.publish_roles().await
+        {
+            // One that ends has published them already.
+            tracing::debug!(%error, "roles are taken as they were published last");
+        }
         if self.has_volume(data)?
             && let Some(roles) = read_roles(&of_branch)?
         {

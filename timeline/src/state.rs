@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ebb_compute::control::Durability;
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, OperationId, Point, ProjectId, ProjectName, ReleaseId,
-    Timestamp, nearest,
+    AllowList, BranchId, BranchName, CheckpointName, LayerId, Lsn, NodeId, OperationId, Point, ProjectId, ProjectName,
+    ReleaseId, Timestamp, nearest,
 };
 
 use crate::api::types::Parent;
@@ -120,6 +120,8 @@ pub struct Branch {
     pub history: History,
     /// What is done for it by itself.
     pub upkeep: Upkeep,
+    /// From where clients may connect.
+    pub allow: AllowList,
     /// Its newest drills, oldest first.
     pub drills: VecDeque<SharedRecord>,
 }
@@ -179,6 +181,9 @@ pub struct Operation {
     pub replayed_end: Option<Lsn>,
     /// Who asked for it.
     pub actor: String,
+    /// For a branch that is made from another: the allow list of that one when it was asked for. It counts if the source
+    /// is gone before the branch is there.
+    pub allow: AllowList,
 }
 
 /// An idempotency key and what it stands for.
@@ -284,6 +289,16 @@ impl ProjectState {
                 let near = near.into_iter().map(str::to_owned).collect();
                 Refusal::NoBranch { project: project.clone(), name: name.to_owned(), near }
             })
+    }
+
+    /// The allow list that a new branch begins with.
+    fn inherited(&self, entry: &Entry<Event>, parent: Option<&Parent>) -> AllowList {
+        let operation = entry.op.and_then(|op| self.operations.get(&op));
+        if let Some(Operation { plan: Plan::CreateBranch { source, .. }, allow, .. }) = operation {
+            return self.branches.get(source).map_or(allow, |source| &source.allow).clone();
+        }
+        let source = parent.and_then(|parent| self.branches.values().find(|branch| branch.name == parent.branch));
+        source.map(|source| source.allow.clone()).unwrap_or_default()
     }
 
     /// Finds a branch by its identifier.
@@ -397,6 +412,8 @@ impl ProjectState {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
                     return Err(format!("branch {name:?} exists already"));
                 }
+                // Who may not see the source may not see a copy of it either.
+                let allow = self.inherited(entry, parent.as_ref());
                 let mut history = History::default();
                 history.begun(Seal { layer: *head, at: entry.time, end: *end, line: 0 }, None);
                 let made = Branch {
@@ -416,16 +433,29 @@ impl ProjectState {
                     pool_size: None,
                     history,
                     upkeep: Upkeep::default(),
+                    allow,
                     drills: VecDeque::new(),
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned, pool_size } => {
+            Event::BranchChanged {
+                branch,
+                idle_suspend_ms,
+                window_ms,
+                durability,
+                upkeep,
+                pinned,
+                allow,
+                pool_size,
+            } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
                 branch.window_ms = window_ms.or(branch.window_ms);
                 branch.durability = durability.unwrap_or(branch.durability);
                 branch.upkeep.change(upkeep);
+                if let Some(allow) = allow {
+                    branch.allow = allow.clone();
+                }
                 branch.pinned = pinned.unwrap_or(branch.pinned);
                 if let Some(size) = pool_size {
                     branch.pool_size = Some(*size).filter(|size| *size > 0);
@@ -570,12 +600,17 @@ impl ProjectState {
         if self.operations.contains_key(&op) {
             return Err(format!("operation {op} has begun already"));
         }
+        let source = match plan {
+            Plan::CreateBranch { source, .. } => self.branches.get(source),
+            _ => None,
+        };
         let operation = Operation {
             plan: plan.clone(),
             phase: Phase::Begun,
             done: Vec::new(),
             replayed_end: None,
             actor: entry.actor.clone(),
+            allow: source.map(|source| source.allow.clone()).unwrap_or_default(),
         };
         self.operations.insert(op, operation);
         if let Some(key) = key {

@@ -3,6 +3,7 @@
 //! Every other crate speaks in these. Nothing here does I/O or is async; the only ambient things touched are the
 //! random bits and the clock behind [`ids`]' `generate`, which callers at the rim use and pure cores never do.
 
+mod allow;
 mod clock;
 mod error;
 mod ids;
@@ -12,6 +13,7 @@ mod refs;
 mod sqlstate;
 mod suggest;
 
+pub use allow::{AllowList, parse_network};
 pub use clock::{Clock, SystemClock, TestClock};
 pub use error::{ErrorKind, Hint};
 pub use ids::{BranchId, LayerId, NodeId, OperationId, ProjectId, ReleaseId};

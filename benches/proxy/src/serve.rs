@@ -13,7 +13,7 @@ use anyhow::Result;
 use async_trait::async_trait;
 use clap::Args;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, Unreplayable};
-use ebb_types::{BranchId, EndpointName, Point};
+use ebb_types::{AllowList, BranchId, EndpointName, Point};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -60,6 +60,14 @@ impl Endpoints for AlwaysAwake {
         Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned(), pool_size: None })
     }
 
+    async fn allowed(&self, _: BranchId) -> Result<AllowList, EndpointError> {
+        Ok(AllowList::default())
+    }
+
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {
         Ok(Some(self.verifier.clone()))
     }
@@ -92,6 +100,7 @@ async fn serve(args: &ServeArgs) -> Result<()> {
     });
     let mut config = ProxyConfig::new(SocketAddr::from(([127, 0, 0, 1], 0)), &args.tls_dir);
     config.sessions_per_endpoint_max = usize::MAX;
+    config.sessions_per_role_max = usize::MAX;
     config.wake_budget = Duration::from_secs(600);
     config.login_timeout = Duration::from_secs(120);
     if let Some(lanes) = args.lanes {

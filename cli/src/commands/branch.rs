@@ -48,7 +48,13 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             let probes = (no_probes || !probes.is_empty()).then_some(probes);
             let upkeep = ChangeUpkeep { checkpoints, drill_every_seconds: seconds(drill_every), probes };
             let upkeep = Some(upkeep).filter(|upkeep| *upkeep != ChangeUpkeep::default());
-            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability, pool_size, upkeep, pinned };
+            let allow = None;
+            let body =
+                ChangeBranch { idle_suspend_seconds, window_seconds, durability, pool_size, upkeep, pinned, allow };
+            to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
+        }
+        BranchCommand::Allow { branch, networks, any: _ } => {
+            let body = ChangeBranch { allow: Some(networks.into()), ..ChangeBranch::default() };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Delete { branch } => {
@@ -104,6 +110,7 @@ fn branch_facts(branch: Branch) -> String {
         ("checkpoints", schedule(&branch)),
         ("drilled every", branch.upkeep.drill_every_seconds.map(|every| age(every as u64)).unwrap_or_default()),
         ("drills ask", probes(&branch)),
+        ("clients from", branch.allow.to_string()),
         ("kept until", branch.rescue_until.map(seconds).unwrap_or_default()),
         ("stored", branch.stored.as_ref().map(stored).unwrap_or_default()),
     ])
@@ -264,6 +271,7 @@ mod tests {
         pinned sessions   keep it awake
         commits wait for  the node's disk
         can go back to    2026-11-21 06:00:00Z
+        clients from      any
         kept until        2026-12-21 06:00:00Z
         ");
         let kept = branch(
@@ -278,7 +286,11 @@ mod tests {
         checkpoints       hourly=24,daily=7
         drilled every     1d
         drills ask        1 question
+        clients from      any
         ");
+        let narrow = branch("prod", serde_json::json!({"allow": ["192.0.2.0/24", "2001:db8::/32"]}));
+        let shown = branch_facts(narrow);
+        insta::assert_snapshot!(shown.lines().last().unwrap(), @"clients from      192.0.2.0/24, 2001:db8::/32");
         let stored = serde_json::json!({"stored": {
             "own_bytes": 2048, "shared_bytes": 5 << 20, "unsealed_bytes": 8192, "waiting_layers": 2,
         }});

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, ProxyHandle, SessionInfo, SessionState, Unreplayable};
 use ebb_timeline::clients::{Activity, Clients, Rest, SessionRow};
 use ebb_timeline::{Place, Service};
-use ebb_types::{BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
+use ebb_types::{AllowList, BranchId, EndpointName, ErrorKind, Hint, Point, SqlState};
 
 use super::peers::{Peers, Unreached};
 
@@ -56,6 +56,17 @@ impl Endpoints for ServiceEndpoints {
             default_database: found.default_database,
             pool_size: found.pool_size.map(|size| size as usize),
         })
+    }
+
+    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError> {
+        let service = self.service()?;
+        // Where another node owns it, what that one has recorded is taken in.
+        service.place(branch).await.map_err(reported)?;
+        service.allowed(branch).map_err(reported)
+    }
+
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        self.both.get().map(|(service, _)| service.mock_secret())
     }
 
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {

@@ -12,6 +12,7 @@ use ebb_timeline::service::MIN_FREE_BYTES;
 use ebb_types::{ErrorKind, ProjectName};
 use serde::Serialize;
 
+use super::access::{self, Access};
 use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
@@ -111,6 +112,9 @@ pub struct Settings {
     /// Time from one round of collection to the next. Default 1 hour; at least 1 second.
     #[serde(serialize_with = "as_text")]
     pub collect_interval: Duration,
+    /// Who gets in at the proxy.
+    #[serde(flatten)]
+    pub access: Access,
     /// Makes this project if there is none at all.
     #[serde(skip)]
     pub first_project: Option<ProjectName>,
@@ -157,6 +161,8 @@ impl Settings {
         let CollectPolicy { grace, interval } = CollectPolicy::default();
         let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
         let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
+
+        let access = Access::read(&mut sources, &args.access);
 
         let s3 = S3Options { endpoint: s3_endpoint, region: s3_region, path_style: s3_path_style };
         // Also so that nothing secret in them is shown or written down.
@@ -212,6 +218,7 @@ impl Settings {
             cache_limit,
             collect_grace,
             collect_interval,
+            access,
             first_project: args.first_project.clone(),
         })
     }
@@ -249,23 +256,24 @@ fn load(path: &Path) -> Result<toml::Table, Failure> {
 }
 
 fn unknown_keys(file: &toml::Table) -> Vec<String> {
-    let unknown = file.keys().filter(|key| !KEYS.contains(&key.as_str()));
+    let known = || KEYS.into_iter().chain(access::KEYS);
+    let unknown = file.keys().filter(|key| known().all(|known| known != key.as_str()));
     unknown
-        .map(|key| match ebb_types::nearest(key, KEYS).first() {
+        .map(|key| match ebb_types::nearest(key, known()).first() {
             Some(near) => format!("there is no setting {key:?}; did you mean {near:?}?"),
-            None => format!("there is no setting {key:?}; there are {}", KEYS.join(", ")),
+            None => format!("there is no setting {key:?}; there are {}", known().collect::<Vec<_>>().join(", ")),
         })
         .collect()
 }
 
 /// Looks a value up where it may come from, and notes what is wrong with it.
-struct Sources<'a> {
+pub struct Sources<'a> {
     file: &'a toml::Table,
-    faults: &'a mut Vec<String>,
+    pub faults: &'a mut Vec<String>,
 }
 
 impl Sources<'_> {
-    fn text(&mut self, key: &str, option: Option<String>) -> Option<String> {
+    pub fn text(&mut self, key: &str, option: Option<String>) -> Option<String> {
         match (option, self.file.get(key)) {
             (Some(typed), _) => Some(typed),
             (None, None) => None,
@@ -297,6 +305,19 @@ impl Sources<'_> {
                 number
             }
         }
+    }
+
+    /// How many of something; at least 1.
+    pub fn count(&mut self, key: &str, option: Option<u64>, default: usize) -> usize {
+        let told = match (option, self.file.get(key)) {
+            (Some(typed), _) => Some(typed),
+            (None, None) => return default,
+            (None, Some(value)) => value.as_integer().and_then(|n| u64::try_from(n).ok()),
+        };
+        told.and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).unwrap_or_else(|| {
+            self.faults.push(format!("{key}: want a whole number, 1 or more"));
+            default
+        })
     }
 
     fn flag(&mut self, key: &str, option: Option<bool>, default: bool) -> bool {

@@ -7,6 +7,7 @@
 //!
 //! **Crash.** A killed server leaves its units running and its lock free; the next start adopts them.
 
+pub mod access;
 mod adapters;
 mod checks;
 mod config;
@@ -267,6 +268,7 @@ fn bind_proxy(
 ) -> Result<Proxy, Failure> {
     let mut config = ProxyConfig::new(settings.listen, settings.data.join("tls"));
     config.domain.clone_from(&settings.domain);
+    settings.access.apply(&mut config);
     config.wake_budget = settings.wake_budget;
     config.answer_pings = settings.answer_pings;
     config.pool_size = settings.pool_size.map(|size| usize::try_from(size).unwrap_or(usize::MAX));
@@ -276,8 +278,8 @@ fn bind_proxy(
         None => Proxy::bind(config, endpoints),
     };
     proxy.map_err(|error| {
-        Failure::internal("cannot start the proxy", &error)
-            .hint("Is another server on that port? --listen names another one.")
+        let failure = Failure::internal("cannot start the proxy", &error);
+        Failure { hint: error.hint(), ..failure }
     })
 }
 
@@ -315,7 +317,8 @@ fn service_config(settings: &Settings, proxy: &Proxy) -> Result<ServiceConfig, F
         proxy_public_host: settings.public_host.clone(),
         proxy_public_port: proxy.local_addr().port(),
         proxy_domain: settings.domain.clone(),
-        ca_pem: Some(proxy.ca_pem_path().to_owned()),
+        // A certificate that was given is of an authority that clients know, or were told of by whoever gave it.
+        ca_pem: settings.access.tls_cert.is_none().then(|| proxy.ca_pem_path().to_owned()),
         min_free_bytes: settings.min_free_bytes,
         node_name: settings.node_name.clone(),
         node_ttl: settings.node_ttl,

@@ -30,7 +30,8 @@ use crate::shipper::{self, Shipper};
 use crate::user::RunAs;
 use crate::{files, long_path};
 
-/// How soon a role made in SQL can log in through the proxy. A look costs Postgres well below a millisecond.
+/// How old what is published may be if the unit is killed: whoever logs in while it lives asks for a look
+/// ([`Request::PublishRoles`]). A look costs Postgres well below a millisecond.
 const ROLES_EVERY: Duration = Duration::from_secs(1);
 
 /// LIMIT: the shipper gives up by itself before that.
@@ -267,7 +268,12 @@ impl Owner {
                 Action::Event(Event::Exited(how)) => {
                     (mounted, postmaster) = self.recover(mounted, postmaster, how).await?;
                 }
-                Action::LookAtRoles => self.look_at_roles().await,
+                Action::LookAtRoles => drop(self.look_at_roles().await),
+                Action::Ask(Ask { request: Request::PublishRoles, reply }) => {
+                    let published = self.look_at_roles().await;
+                    let failed = || Reply::Failed { message: "postgres does not tell its roles now".to_owned() };
+                    let _ = reply.send(if published { Reply::RolesPublished } else { failed() });
+                }
                 Action::Ask(Ask { request: Request::Status, reply }) => {
                     let volume = mounted.volume.clone();
                     let dirty = blocking(move || volume.is_dirty()).await;
@@ -399,10 +405,11 @@ impl Owner {
         self.finishing.reopen();
     }
 
-    /// Publishes roles, if Postgres answers; a failure is worth a line, and the next look tries again.
-    async fn look_at_roles(&mut self) {
+    /// Publishes roles, if Postgres answers; a failure is worth a line, and the next look tries again. Answers whether it
+    /// did.
+    async fn look_at_roles(&mut self) -> bool {
         if !look(&self.view).ready {
-            return;
+            return false;
         }
         match self.roles.publish().await {
             Ok(Some(wal_end)) => {
@@ -412,8 +419,12 @@ impl Owner {
                 }
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(error = chain(&error), "roles were not published"),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "roles were not published");
+                return false;
+            }
         }
+        true
     }
 
     /// Stops Postgres, unmounts, and seals into `layer` if there is one. Postgres waits for the shipper, which sees to it

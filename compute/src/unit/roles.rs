@@ -22,10 +22,11 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// password in clear (PostgreSQL 15 `crypt.c`, `get_password_type`).
 const SCRAM: &str = "SCRAM-SHA-256$";
 
-/// Superusers are left out, so that nobody can log in as one from outside; expired passwords too.
+/// Superusers are left out, so that nobody can log in as one from outside; expired passwords too. Of a password that is
+/// not stored as SCRAM only that is told: nobody can prove it to the proxy, which says so where only operators look.
 pub(crate) const LOOK: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END; \
-    SELECT rolname, rolpassword FROM pg_authid WHERE rolcanlogin AND NOT rolsuper \
-    AND rolpassword LIKE 'SCRAM-SHA-256$%' AND (rolvaliduntil IS NULL OR rolvaliduntil > now())";
+    SELECT rolname, CASE WHEN rolpassword LIKE 'SCRAM-SHA-256$%' THEN rolpassword ELSE 'md5' END \
+    FROM pg_authid WHERE rolcanlogin AND NOT rolsuper AND rolpassword IS NOT NULL AND (rolvaliduntil IS NULL OR rolvaliduntil > now())";
 
 /// Subscriptions are one table for all databases. It is a system catalog, which wants to be asked twice.
 const DISABLE_SUBSCRIPTIONS: &str = "SET allow_system_table_mods = on; \
@@ -70,6 +71,11 @@ impl Roles {
         }
         let (wal_end, roles) = looked??;
         if self.published.as_ref() != Some(&roles) {
+            let weak = roles.iter().filter(|(_, verifier)| !verifier.starts_with(SCRAM)).map(|(role, _)| role);
+            let weak: Vec<_> = weak.collect();
+            if !weak.is_empty() {
+                tracing::warn!(roles = ?weak, "passwords that are stored as md5 are of no use: they must be set again");
+            }
             let (file, content) = (self.file.clone(), roles.clone());
             let written = tokio::task::spawn_blocking(move || replace(&file, &content)).await;
             let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use ebb_proxy::{
     Awake, Blocked, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, ProxyHandle, SessionState, Unreplayable,
 };
-use ebb_types::{BranchId, EndpointName, Point, SqlState};
+use ebb_types::{AllowList, BranchId, EndpointName, Point, SqlState};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
@@ -45,7 +45,9 @@ pub enum OnWake {
 pub struct World {
     dir: TempDir,
     postgres: Mutex<Option<Child>>,
-    verifier: Mutex<Option<String>>,
+    pub verifier: Mutex<Option<String>>,
+    /// From where clients may connect.
+    pub allowed: Mutex<AllowList>,
     pub on_wake: Mutex<OnWake>,
     pub delay: Mutex<Duration>,
     generation: AtomicU64,
@@ -68,6 +70,7 @@ impl World {
             dir,
             postgres: Mutex::default(),
             verifier: Mutex::default(),
+            allowed: Mutex::default(),
             on_wake: Mutex::default(),
             delay: Mutex::default(),
             generation: AtomicU64::new(0),
@@ -167,6 +170,15 @@ impl Endpoints for World {
         })
     }
 
+    async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError> {
+        assert_eq!(branch, BRANCH);
+        Ok(self.allowed.lock().unwrap().clone())
+    }
+
+    fn mock_secret(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     async fn verifier(&self, branch: BranchId, role: &str) -> Result<Option<String>, EndpointError> {
         assert_eq!(branch, BRANCH);
         Ok(self.verifier.lock().unwrap().clone().filter(|_| role == "app"))
@@ -225,7 +237,8 @@ pub struct Ebb {
     pub ca_pem: PathBuf,
     pub shutdown: CancellationToken,
     task: Option<JoinHandle<()>>,
-    _tls: TempDir,
+    /// Where its certificate authority is.
+    pub tls: TempDir,
 }
 
 impl Ebb {
@@ -262,7 +275,7 @@ impl Ebb {
             ca_pem: proxy.ca_pem_path().to_owned(),
             task: Some(tokio::spawn(proxy.run(shutdown.clone()))),
             shutdown,
-            _tls: tls,
+            tls,
         }
     }
 
@@ -317,9 +330,15 @@ impl Ebb {
 
     /// Runs psql on a URI's parameters; answers its standard output, or its standard error.
     pub async fn psql(&self, parameters: &str, sql: &str) -> Result<String, String> {
+        self.psql_at(self.addr, parameters, sql).await
+    }
+
+    /// The same, through something else that leads to the proxy.
+    pub async fn psql_at(&self, addr: SocketAddr, parameters: &str, sql: &str) -> Result<String, String> {
         let conninfo = format!(
-            "hostaddr=127.0.0.1 port={} user=app password={PASSWORD} dbname=app sslrootcert={} {parameters}",
-            self.addr.port(),
+            "hostaddr={} port={} user=app password={PASSWORD} dbname=app sslrootcert={} {parameters}",
+            addr.ip(),
+            addr.port(),
             self.ca_pem.display()
         );
         let sql = sql.to_owned();

@@ -5,7 +5,9 @@
 
 mod cancel;
 mod connect;
+mod crowd;
 mod dialogue;
+mod door;
 mod fence;
 mod harness;
 mod hibernate;

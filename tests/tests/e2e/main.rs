@@ -1,5 +1,6 @@
 //! End to end: the built binary, stock Postgres, psql, pgbench, tokio-postgres and psycopg.
 
+mod access;
 mod branches;
 mod bucket_s3;
 mod collect;

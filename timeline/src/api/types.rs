@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ebb_compute::control::{Durability, Status};
 use ebb_compute::import::{Counted, DumpFormat, Phase};
 use ebb_types::{
-    BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, NodeId, OperationId, PointRef, ProjectId,
+    AllowList, BranchId, BranchName, CheckpointName, ErrorKind, LayerId, Lsn, NodeId, OperationId, PointRef, ProjectId,
     ProjectName, ReleaseId, Timestamp,
 };
 use serde::{Deserialize, Serialize};
@@ -166,6 +166,10 @@ pub struct Branch {
     /// What is done for it by itself.
     #[serde(default)]
     pub upkeep: Upkeep,
+    /// The networks from which clients may connect, `192.0.2.0/24`; none: all of them.
+    #[serde(default, skip_serializing_if = "AllowList::is_any")]
+    #[schema(value_type = Vec<String>)]
+    pub allow: AllowList,
     /// For a rescue branch: until when nothing may delete it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -221,6 +225,11 @@ pub struct ChangeBranch {
     /// What is done for it by itself; absent: as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upkeep: Option<ChangeUpkeep>,
+    /// The networks from which clients may connect, `192.0.2.0/24`, instead of those until now; none: all of them; absent:
+    /// as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub allow: Option<AllowList>,
 }
 
 /// Body of `POST …/restore`.

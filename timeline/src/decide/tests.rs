@@ -195,6 +195,19 @@ fn point() -> impl Strategy<Value = Point> {
     ]
 }
 
+fn allow(branch: &str, networks: &[&str]) -> Ask {
+    let networks: Vec<_> = networks.iter().map(|text| ebb_types::parse_network(text).unwrap()).collect();
+    Ask::ChangeBranch {
+        branch: branch.to_owned(),
+        idle_suspend_ms: None,
+        window_ms: None,
+        durability: None,
+        upkeep: UpkeepChange::default(),
+        pinned: None,
+        allow: Some(networks.into()),
+    }
+}
+
 fn ask() -> impl Strategy<Value = Ask> {
     prop_oneof![
         (branch_name(), branch_name(), point()).prop_map(|(name, from, point)| Ask::CreateBranch {
@@ -224,15 +237,19 @@ fn ask() -> impl Strategy<Value = Ask> {
             window_ms: None,
             durability: None,
             upkeep: UpkeepChange::default(),
+            allow: None,
             pinned: None,
             pool_size: None,
         }),
+        (branch_name(), 0..3usize)
+            .prop_map(|(branch, networks)| allow(&branch, &["192.0.2.0/24", "::1/128"][..networks.min(2)])),
         (branch_name(), 0..1_000_000_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
             branch,
             idle_suspend_ms: None,
             window_ms: Some(ms),
             durability: None,
             upkeep: UpkeepChange::default(),
+            allow: None,
             pinned: None,
             pool_size: None,
         }),
@@ -372,4 +389,43 @@ fn long_branch_names_still_have_rescue_names() {
     model.act(&Ask::Restore { branch: name.to_owned(), to }).unwrap();
     assert!(model.state.branch("rescue-a-234567890-234567890-2").is_ok());
     model.check();
+}
+
+#[test]
+fn whoever_may_not_see_a_branch_may_not_see_what_is_made_from_it() {
+    let mut model = Model::new();
+    let create = |name: &str, from: &str, point: Point| Ask::CreateBranch {
+        name: name.parse().unwrap(),
+        from: from.parse().unwrap(),
+        point,
+    };
+    let list = |model: &Model, name: &str| model.state.branch(name).unwrap().1.allow.to_string();
+    model.act(&create("open", "prod", Point::Head)).unwrap();
+    model.act(&allow("prod", &["192.0.2.0/24"])).unwrap();
+    model.act(&create("a", "prod", Point::Head)).unwrap();
+    assert_eq!((list(&model, "prod"), list(&model, "a")), ("192.0.2.0/24".to_owned(), "192.0.2.0/24".to_owned()));
+    assert_eq!(list(&model, "open"), "any", "it was made before");
+    // From then on each has its own.
+    model.act(&allow("prod", &[])).unwrap();
+    assert_eq!((list(&model, "prod"), list(&model, "a")), ("any".to_owned(), "192.0.2.0/24".to_owned()));
+    // What a restore sets aside.
+    model.act(&Ask::CreateCheckpoint { branch: "a".to_owned(), name: "x".parse().unwrap(), automatic: false }).unwrap();
+    model.act(&Ask::Restore { branch: "a".to_owned(), to: Point::Checkpoint("x".parse().unwrap()) }).unwrap();
+    assert_eq!(list(&model, "rescue-a-1"), "192.0.2.0/24");
+    // A source that goes, and comes back open, while a moment of it is replayed.
+    model.seconds += 10;
+    let past = Point::Time(model.now());
+    model.seconds += 10;
+    model.act(&Ask::Suspend { branch: "a".to_owned() }).unwrap();
+    model.seconds += 10;
+    let slow = model.begin(&create("slow", "a", past)).unwrap();
+    assert!(model.state.operations.contains_key(&slow), "it has yet to be replayed");
+    model.act(&Ask::DeleteBranch { branch: "a".to_owned(), rule: None }).unwrap();
+    model.act(&create("a", "prod", Point::Head)).unwrap();
+    model.drive(slow, usize::MAX);
+    assert_eq!((list(&model, "a"), list(&model, "slow")), ("any".to_owned(), "192.0.2.0/24".to_owned()));
+    model.check_replay();
+    let many: Vec<String> = (0..300).map(|n| format!("192.0.{}.{}/32", n / 256, n % 256)).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    assert!(matches!(model.begin(&allow("prod", &many)), Err(Refusal::Invalid(_))));
 }

@@ -99,6 +99,7 @@ impl Service {
         }
         let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
         let (branch_name, pinned, pool_size) = (branch.to_owned(), request.pinned, request.pool_size);
+        let allow = request.allow;
         let ask = Ask::ChangeBranch {
             branch: branch_name,
             idle_suspend_ms,
@@ -106,6 +107,7 @@ impl Service {
             durability,
             upkeep,
             pinned,
+            allow,
             pool_size,
         };
         self.act(&project, caller, ask).await?;

@@ -45,7 +45,9 @@ use std::time::{Duration, Instant};
 
 use ebb_compute::postgres::{DATABASE, OWNER};
 use ebb_storage::object_store::Bucket;
-use ebb_types::{BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock};
+use ebb_types::{
+    AllowList, BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock,
+};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -326,6 +328,14 @@ impl Service {
         let state = project.ledger.state();
         let (branch, known) = state.branch(at.branch.as_str())?;
         Ok(FoundEndpoint { branch, default_database: DATABASE.to_owned(), pool_size: known.pool_size })
+    }
+
+    /// From where clients may connect to a branch. Where another node owns it, no older than [`Service::place`] makes it.
+    ///
+    /// # Errors
+    /// If the branch does not exist.
+    pub fn allowed(&self, branch: BranchId) -> Result<AllowList> {
+        Ok(self.project_of(branch)?.ledger.state().branch_by_id(branch)?.allow.clone())
     }
 
     /// The SCRAM-SHA-256 verifier of a role on a branch; `None` if it is unknown or may not log in.

@@ -115,6 +115,11 @@ impl Service {
         self.secrets.peers()
     }
 
+    /// What the salts of unknown roles are made from: the same on all nodes that have the same `secret.key`.
+    pub fn mock_secret(&self) -> [u8; 32] {
+        blake3::derive_key("ebb 2026-11-21 salts of unknown roles", self.secrets.peers().as_slice())
+    }
+
     /// Where a branch is, by what the bucket says. Takes nothing over and wakes nothing.
     ///
     /// # Errors

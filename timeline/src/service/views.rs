@@ -58,6 +58,7 @@ impl Service {
             pinned: branch.pinned,
             pool_size: branch.pool_size,
             upkeep: api::Upkeep::from(&branch.upkeep),
+            allow: branch.allow.clone(),
             window_from: branch.window_start(self.clock.now()),
             rescue_until: branch.rescue_until,
             stored: None,
