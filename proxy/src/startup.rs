@@ -203,6 +203,9 @@ impl Startup {
     pub fn without_application_name(&self) -> Vec<u8> {
         let mut other = self.clone();
         other.set(APPLICATION_NAME, None);
+        if other.text("options") == Some("") {
+            other.set("options", None);
+        }
         other.encode()
     }
 

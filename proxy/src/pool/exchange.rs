@@ -640,10 +640,11 @@ impl Exchange {
             }
             b'E' => {
                 self.deallocating.clear();
-                while self.owed.front().is_some_and(|owed| !matches!(owed, Owed::Ready)) {
-                    if let Some(owed) = self.next_owed() {
-                        undo(owed, names, conversation, held);
-                    }
+                let skipped = self.owed.iter().position(|owed| matches!(owed, Owed::Ready)).unwrap_or(self.owed.len());
+                self.decisions -= self.owed.range(..skipped).filter(|owed| owed.decides()).count();
+                // The last first: what came later may stand on what came before.
+                for owed in self.owed.drain(..skipped).rev() {
+                    undo(owed, names, conversation, held);
                 }
             }
             b'S' => self.parameters_changed = true,

@@ -59,7 +59,8 @@ async fn pgbench_in_all_of_its_modes() {
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     for mode in ["simple", "extended", "prepared"] {
         for script in ["", " -S"] {
-            let ran = pgbench(&format!("-n -c 20 -j 2 -t 20 -M {mode}{script}")).await.unwrap().unwrap();
+            // A thread each: preparing, pgbench waits for one client's backend while others of its thread hold them.
+            let ran = pgbench(&format!("-n -c 20 -j 20 -t 20 -M {mode}{script}")).await.unwrap().unwrap();
             let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
             assert!(
                 out.contains("actually processed: 400/400") && err.trim().is_empty(),
