@@ -540,6 +540,8 @@ impl Conversation {
         match end {
             Some(end) => {
                 self.awaiting.remove(end - dropped);
+                // As below, unless it has sent one behind the end.
+                self.unsynced |= dropped > 0 && self.awaiting.len() == end - dropped;
                 self.copy = CopyIn::Ending { dropped };
             }
             None => {

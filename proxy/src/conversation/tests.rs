@@ -89,6 +89,8 @@ fn copies_by_execute_lose_the_sync_that_falls_into_them() {
     check(">PBEddcS <12GC", false);
     check(">PBEddcS <12GCi", true);
     check(">PBESddcS <12GCi", true);
+    check(">PBESdc <12GC", false);
+    check(">PBESdc <12GC >S <i", true);
     check(">Q PBESddcS <Ci 12GCi", true);
 }
 
