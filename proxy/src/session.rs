@@ -566,6 +566,10 @@ impl Session {
 
     /// Stands at the gate, at rest. Answers the state in hand if the backend is to be let go, nothing if work goes on.
     async fn at_gate(&mut self, backend: &mut UnixStream) -> Result<Option<Arc<Kept>>, End> {
+        if self.conversation.is_terminated() {
+            // Its backend is about to close, which is no loss to a client that has taken its leave.
+            return Err(End::Silent);
+        }
         let kept: Result<Arc<Kept>, String> = match self.examine(backend).await? {
             Examined::Kept(kept) => {
                 self.branch.stand(self.conn(), Standing::Ready);
