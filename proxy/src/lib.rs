@@ -9,7 +9,7 @@
 //!                                    relay ◄─► backend                     │
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
-//!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!   pure:  frame (boundaries) ◄ conversation (at rest?), calloff   startup   scram   settings (names)   errors (words)
 //!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)
 //!   rim:   proxy, login, session, relay, backend, cancel, tls
 //!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
@@ -30,11 +30,15 @@
 
 mod backend;
 mod branch;
+mod calloff;
 mod cancel;
 mod conversation;
 pub mod endpoints;
 mod errors;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod haste;
 mod hibernate;
 mod lanes;

@@ -153,7 +153,7 @@ pub struct Shared {
     pub tls: Arc<rustls::ServerConfig>,
     pub keys: Arc<CancelKeys>,
     pub failed_logins: FailedLogins,
-    /// Wakes, which outlive those who ask for them.
+    /// Wakes and cancel requests, which outlive those who ask for them.
     pub tasks: TaskTracker,
     /// No new sessions: the proxy stops.
     pub shutdown: CancellationToken,
@@ -219,7 +219,7 @@ impl Proxy {
             endpoints: Elsewhere::new(endpoints),
             authority,
             tls,
-            keys: Arc::default(),
+            keys: Arc::new(CancelKeys::new()),
             failed_logins: FailedLogins::new(),
             tasks: TaskTracker::new(),
             shutdown: CancellationToken::new(),

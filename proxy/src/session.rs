@@ -26,6 +26,7 @@ use tracing::Instrument;
 
 use crate::backend::{Backend, StartError, encoded, relayed_error};
 use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standing};
+use crate::calloff::{CalledOff, Next};
 use crate::cancel::{CancelTarget, IssuedKey};
 use crate::conversation::Conversation;
 use crate::endpoints::{Awake, EndpointError};
@@ -57,6 +58,8 @@ const WAKE_AGAIN_MAX: Duration = Duration::from_secs(2);
 const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// LIMIT: how long the last words of a dead compute may take to arrive.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
+/// LIMIT: how long a cancel request on its way is waited for. One that strikes later pins the session this time.
+const LAST_CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 /// LIMIT: how much of a message begun is waited for, so that an error can follow it.
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
@@ -121,7 +124,7 @@ async fn run(shared: &Arc<Shared>, mut login: Login, peer: SocketAddr, conn: u64
     }
     let Login { client, startup, .. } = login;
     let session = Session {
-        key: shared.keys.issue(&seat),
+        key: shared.keys.issue(&seat, startup.version()),
         shared: shared.clone(),
         branch,
         client,
@@ -224,15 +227,22 @@ struct Session {
 impl Session {
     async fn run(mut self) {
         let end = loop {
-            let mut backend = match self.attach().await {
+            let backend = match self.attach().await {
                 Ok(backend) => backend,
                 Err(end) => break end,
             };
-            if let Err(end) = self.attached(&mut backend).await {
+            // Until now the client's query was in nobody's hands but the proxy's.
+            if self.seat.end_wait()
+                && let Err(end) = self.call_off().await
+            {
+                break end;
+            }
+            if let Some(mut backend) = backend
+                && let Err(end) = self.attached(&mut backend).await
+            {
                 self.close_backend(&mut backend, &end).await;
                 break end;
             }
-            drop(backend);
             if let Err(end) = self.hibernated().await {
                 break end;
             }
@@ -285,33 +295,44 @@ impl Session {
 
     // Waiting.
 
-    /// Gets a backend and brings it to where the client left off, within the wake budget.
-    async fn attach(&mut self) -> Result<UnixStream, End> {
+    /// Gets a backend and brings it to where the client left off, within the wake budget; or none, if the client does not
+    /// want one any more.
+    async fn attach(&mut self) -> Result<Option<UnixStream>, End> {
         self.seat.set_doing(Doing::Waiting);
+        if self.kept.is_some() && !self.up.is_empty() && self.walstream.is_none() {
+            self.seat.begin_wait();
+        }
         let budget = self.shared.config.wake_budget;
         let deadline = Instant::now() + budget;
         let mut notice_at = Instant::now() + NOTICE_AFTER;
         let wait = Wait::begin();
         let attached = self.attach_by(deadline, &mut notice_at, &wait).await;
         wait.over(self.shared.config.slow_wake, attached.is_ok());
-        self.introduce(*attached?).await
+        match attached? {
+            Some(attached) => self.introduce(*attached).await.map(Some),
+            None => Ok(None),
+        }
     }
 
-    /// Tries until it has one, or the deadline passes.
+    /// Tries until it has one, the client wants none any more, or the deadline passes.
     async fn attach_by(
         &mut self,
         deadline: Instant,
         notice_at: &mut Instant,
         wait: &Wait,
-    ) -> Result<Box<Attached>, End> {
+    ) -> Result<Option<Box<Attached>>, End> {
         let budget = self.shared.config.wake_budget;
         let mut not_now = None;
         let mut retry_after = RETRY_AFTER;
         loop {
             self.obey()?;
+            if self.seat.is_called_off() {
+                return Ok(None);
+            }
             if self.branch.begin_work(self.conn()) {
                 match self.attach_once(deadline, notice_at, wait).await? {
-                    Tried::Attached(attached) => return Ok(attached),
+                    Tried::Attached(attached) => return Ok(Some(attached)),
+                    _ if self.seat.is_called_off() => return Ok(None),
                     Tried::Fenced | Tried::Unreachable => retry_after = RETRY_AFTER,
                     Tried::NotNow(error) => {
                         retry_after = (retry_after * 2).clamp(WAKE_AGAIN_MIN, WAKE_AGAIN_MAX);
@@ -350,6 +371,11 @@ impl Session {
                 () = seat.attention() => {
                     self.obey()?;
                     match self.branch.gate() {
+                        _ if seat.is_called_off() => {
+                            drop(trying);
+                            self.branch.stand(self.conn(), Standing::Apart);
+                            return Ok(Tried::Unreachable);
+                        }
                         Gate::Open => {}
                         // The client waits for the very compute that is to be suspended.
                         gate if gate.is_refusable() => self.branch.stand(self.conn(), Standing::Busy),
@@ -400,6 +426,32 @@ impl Session {
         Ok(Tried::Unreachable)
     }
 
+    /// Answers what the client wanted a backend for, as it was cancelled before there was one.
+    async fn call_off(&mut self) -> Result<(), End> {
+        let mut turn = CalledOff::default();
+        loop {
+            let step = turn.take(self.up.held()).map_err(|what| End::Say(Said::malformed(&what.to_string())))?;
+            self.up.release(step.taken);
+            self.up.discard_released();
+            if !step.answer.is_empty() {
+                self.send(&step.answer).await?;
+            }
+            match step.next {
+                Next::Over => return Ok(()),
+                Next::Terminated => return Err(End::Silent),
+                Next::More => {}
+            }
+            self.obey()?;
+            tokio::select! {
+                () = self.seat.attention() => {}
+                read = self.up.fill(&mut self.client) => match read {
+                    Ok(1..) => {}
+                    Ok(0) | Err(_) => return Err(End::Silent),
+                },
+            }
+        }
+    }
+
     /// Tells the client, once, that it is waiting.
     async fn notice(&mut self, at: &mut Instant) -> Result<(), End> {
         *at = Instant::now() + self.shared.config.wake_budget * 2;
@@ -440,10 +492,7 @@ impl Session {
         if first {
             self.introduced = true;
             note_connect("ok", "");
-            message(&mut out, b'K', |body| {
-                body.extend_from_slice(&self.key.key.id.to_be_bytes());
-                body.extend_from_slice(&self.key.key.secret.to_be_bytes());
-            });
+            message(&mut out, b'K', |body| self.key.key.encode(body));
             message(&mut out, b'Z', |body| body.push(b'I'));
         } else {
             metrics::counter!("ebb_proxy_resumes_total", "result" => "ok").increment(1);
@@ -570,7 +619,11 @@ impl Session {
             // Its backend is about to close, which is no loss to a client that has taken its leave.
             return Err(End::Silent);
         }
-        let kept: Result<Arc<Kept>, String> = match self.examine(backend).await? {
+        // A cancel request that comes late is not to strike the proxy's own questions.
+        let _ = timeout(LAST_CANCEL_TIMEOUT, self.seat.shield()).await;
+        let examined = self.examine(backend).await;
+        self.seat.unshield();
+        let kept: Result<Arc<Kept>, String> = match examined? {
             Examined::Kept(kept) => {
                 self.branch.stand(self.conn(), Standing::Ready);
                 let kept: Arc<Kept> = Arc::from(kept);

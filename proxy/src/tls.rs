@@ -157,15 +157,20 @@ impl ResolvesServerCert for Authority {
     }
 }
 
-/// The TLS settings of the listening side: TLS 1.2 and 1.3, no client certificates.
+/// What a client that speaks ALPN calls the protocol (PostgreSQL 18, 54.2.10).
+pub const ALPN: &[u8] = b"postgresql";
+
+/// The TLS settings of the listening side: TLS 1.2 and 1.3, no client certificates. A client that offers other protocols
+/// only is refused in the handshake.
 ///
 /// # Errors
 /// If the TLS library does not offer these versions.
 pub fn server_config(authority: Arc<Authority>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_cert_resolver(authority);
+    config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(config))
 }
 

@@ -194,7 +194,7 @@ impl Pooled {
     }
 
     fn cancel_target(&self) -> CancelTarget {
-        CancelTarget { socket: self.socket.clone(), key: self.cancel_key, _lease: Some(self.lease.clone()) }
+        CancelTarget { socket: self.socket.clone(), key: self.cancel_key.clone(), _lease: Some(self.lease.clone()) }
     }
 
     /// Takes back what was to be sent before its client's first message, because none will come.

@@ -73,7 +73,7 @@ pub async fn run(
     let pool = branch.pool.clone();
     pool.set_size(endpoint.pool_size.or(shared.config.pool_size));
     let session = Session {
-        key: shared.keys.issue(&seat),
+        key: shared.keys.issue(&seat, startup.version()),
         shared: shared.clone(),
         pool_key: pool.key(startup.without_application_name()),
         startup: startup.encode().into(),
@@ -257,10 +257,7 @@ impl Session {
             self.conversation.note_parameter(name, value);
             parameter_status(&mut out, name, value);
         }
-        message(&mut out, b'K', |body| {
-            body.extend_from_slice(&self.key.key.id.to_be_bytes());
-            body.extend_from_slice(&self.key.key.secret.to_be_bytes());
-        });
+        message(&mut out, b'K', |body| self.key.key.encode(body));
         message(&mut out, b'Z', |body| body.push(b'I'));
         self.introduced = true;
         note_connect("ok", "");

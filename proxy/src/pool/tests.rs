@@ -18,7 +18,12 @@ fn backend(key: &Arc<Key>, slot: Slot, conn: u64) -> (Box<Pooled>, UnixStream) {
         socket.set_nonblocking(true).unwrap();
         UnixStream::from_std(socket).unwrap()
     });
-    let started = Backend { stream, key: CancelKey { id: 0, secret: 0 }, parameters: Vec::new(), notices: Vec::new() };
+    let started = Backend {
+        stream,
+        key: CancelKey { id: 0, secret: Box::default() },
+        parameters: Vec::new(),
+        notices: Vec::new(),
+    };
     let awake = Awake { generation: 1, socket: "/none".into(), admits: None };
     (Box::new(Pooled::new(awake, started, key.clone(), Box::default(), slot, conn)), other)
 }

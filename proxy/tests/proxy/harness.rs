@@ -51,7 +51,7 @@ pub struct World {
     generation: AtomicU64,
     /// Calls of `wake`, and how many of them overlapped another.
     pub wakes: AtomicUsize,
-    waking: AtomicUsize,
+    pub waking: AtomicUsize,
     pub overlaps: AtomicUsize,
     /// Calls of `visit`.
     pub visits: AtomicUsize,
@@ -79,6 +79,7 @@ impl World {
         }
     }
 
+    /// Where Postgres listens, beside the proxy.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join(".s.PGSQL.5432")
     }

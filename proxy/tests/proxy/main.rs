@@ -3,15 +3,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod cancel;
 mod connect;
+mod dialogue;
 mod fence;
 mod harness;
 mod hibernate;
+mod large;
 mod pings;
 mod pool;
 mod pool_drivers;
 mod pool_names;
+mod protocol;
 mod raw;
 mod relay;
 mod replication;
 mod survive;
+mod walsenders;
+mod wire;

@@ -45,9 +45,7 @@ use std::time::{Duration, Instant};
 
 use ebb_compute::postgres::{DATABASE, OWNER};
 use ebb_storage::object_store::Bucket;
-use ebb_types::{
-    BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock,
-};
+use ebb_types::{BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
