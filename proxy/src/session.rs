@@ -633,6 +633,10 @@ impl Session {
 
     /// Stands at the gate, at rest. Answers the state in hand if the backend is to be let go, nothing if work goes on.
     async fn at_gate(&mut self, backend: &mut UnixStream) -> Result<Option<Arc<Kept>>, End> {
+        if self.conversation.is_terminated() {
+            // Its backend is about to close, which is no loss to a client that has taken its leave.
+            return Err(End::Silent);
+        }
         // A cancel request that comes late is not to strike the proxy's own questions.
         let _ = timeout(LAST_CANCEL_TIMEOUT, self.seat.shield()).await;
         let examined = self.examine(backend).await;

@@ -147,3 +147,18 @@ async fn a_session_user_is_given_back_and_can_be_reset() {
     client.batch_execute("RESET SESSION AUTHORIZATION").await.unwrap();
     assert_eq!(value(&client, "SELECT session_user || ' ' || current_user").await, "app app");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_its_leave_while_the_gate_moves_is_told_nothing() {
+    let ebb = Ebb::asleep().await;
+    for _ in 0..100 {
+        let mut client = crate::raw::Session::open(&ebb).await;
+        let fence = ebb.handle.fence(BRANCH, PATIENCE, Unreplayable::Refuse);
+        let leave = client.send(b"X\0\0\0\x04");
+        let (fenced, ()) = tokio::join!(fence, leave);
+        if fenced.is_ok() {
+            ebb.handle.release(BRANCH);
+        }
+        assert_eq!(client.read_to_end().await, b"");
+    }
+}
