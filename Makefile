@@ -23,10 +23,11 @@ run: ## Build and start `ebb serve` in ./.ebb, make a first project, print its U
 	cargo build -p ebb-cli
 	@exec $(SUDO) $(EBB) serve --first-project shop $(SERVE)
 
-test: ## Run every test: unit, integration against real PostgreSQL, end to end
+test: ## Run every test: unit, integration against real PostgreSQL, end to end; then fuzz for a minute
 	scripts/setup test
 	cargo build --workspace --bin ebb
 	$(RUNNER) cargo nextest run --workspace
+	scripts/fuzz
 
 bench: ## Measure Ebb against its peers; prints ratios
 	scripts/setup bench

@@ -3,7 +3,7 @@
 //! ```sh
 //! scripts/setup bench                             # the peers, beside what `make test` needs
 //! cargo build --release -p ebb-cli -p ebb-benches
-//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, flood, commit, backup
+//! target/release/ebb-bench all                    # or: wake, cold, branch, rival, depth, many, volume, pool, flood, commit, backup
 //! ```
 //!
 //! The proxy has a bench of its own (`benches/proxy`).
@@ -21,6 +21,7 @@ mod many;
 mod native;
 mod node;
 mod pgbench;
+mod pool;
 mod rival;
 mod stats;
 mod volume;
@@ -81,6 +82,8 @@ enum Bench {
     Volume,
     /// pgbench and logins through the proxy beside a flood of strangers.
     Flood,
+    /// Ten thousand clients on twenty backends, against PgBouncer in transaction mode.
+    Pool,
     /// Commits at either durability, against plain Postgres and a synchronous `pg_receivewal`.
     Commit,
     /// Restores, and what thirty days weigh, against pgBackRest.
@@ -115,6 +118,9 @@ fn main() -> anyhow::Result<()> {
     }
     if is(Bench::Flood) {
         flood::run(&cli.common)?;
+    }
+    if is(Bench::Pool) {
+        pool::run(&cli.common)?;
     }
     if is(Bench::Commit) {
         commit::run(&cli.common)?;

@@ -111,6 +111,11 @@ impl Node {
         &self.data
     }
 
+    /// The server process.
+    pub fn pid(&self) -> u32 {
+        self.server.id()
+    }
+
     /// Memory of the server process, without what it shares with others.
     pub fn memory_kib(&self) -> Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.server.id()))?;

@@ -344,6 +344,10 @@ pub struct ServeArgs {
     /// How long a compute without work stays up, where its branch does not say otherwise [default: 5m]
     #[arg(long, value_name = "TIME")]
     pub idle_suspend: Option<String>,
+    /// How many backends of a branch its clients in transaction mode share, where it does not say otherwise [default: a
+    /// quarter of the connections that its Postgres takes]
+    #[arg(long, value_name = "COUNT", env = "EBB_POOL_SIZE", hide_env_values = true)]
+    pub pool_size: Option<u64>,
     /// Log what a client waited for, if it waited for its compute for longer than this [default: 2s]
     #[arg(long, value_name = "TIME")]
     pub slow_wake: Option<String>,
@@ -464,6 +468,7 @@ Examples:
   ebb branch set shop/prod --probe 'select count(*) > 0 from orders=t'",
         group = clap::ArgGroup::new("setting").required(true).multiple(true).args([
             "idle_suspend", "window", "durability", "pinned", "checkpoints", "drill_every", "probes", "no_probes",
+            "pool_size",
         ])
     )]
     Set {
@@ -494,6 +499,9 @@ Examples:
         /// Its drills ask nothing any more
         #[arg(long, conflicts_with = "probes")]
         no_probes: bool,
+        /// How many backends its clients in transaction mode share; 0: a quarter of what its Postgres takes
+        #[arg(long, value_name = "COUNT")]
+        pool_size: Option<u32>,
     },
     /// Set from where clients may connect to a branch; others are refused before they can try a password
     #[command(after_help = "\

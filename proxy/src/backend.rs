@@ -79,7 +79,7 @@ impl Backend {
     pub async fn start(socket: &Path, startup: &[u8]) -> Result<Self, StartError> {
         let mut backend = Self {
             stream: UnixStream::from_std(connect(socket).await?.into_std()?)?,
-            key: CancelKey { id: 0, secret: 0 },
+            key: CancelKey { id: 0, secret: Box::default() },
             parameters: Vec::new(),
             notices: Vec::new(),
         };
@@ -101,10 +101,8 @@ impl Backend {
                     backend.parameters.push((name.to_vec(), value.to_vec()));
                 }
                 b'K' => {
-                    let (Some(id), Some(secret)) = (fields.i32(), fields.i32()) else {
-                        return Err(StartError::Strange("a BackendKeyData is broken off"));
-                    };
-                    backend.key = CancelKey { id: id as u32, secret: secret as u32 };
+                    let key = CancelKey::parse(fields);
+                    backend.key = key.ok_or(StartError::Strange("a BackendKeyData has an impossible length"))?;
                 }
                 b'N' => message(&mut backend.notices, b'N', |out| out.extend_from_slice(&body)),
                 b'E' if error_field(&body, b'C') == Some(b"57P03") => return Err(StartError::NotNow),

@@ -33,7 +33,7 @@ use ebb_types::{BranchId, SqlState};
 use futures::future::{BoxFuture, FutureExt, Shared};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
@@ -41,7 +41,10 @@ use crate::cancel::CancelTarget;
 use crate::endpoints::{
     Activity, Awake, Blocked, Census, EndpointError, Endpoints, SessionInfo, SessionState, Unreplayable,
 };
+use crate::pool::Pool;
 
+/// LIMIT: cancel requests for one session on their way at once; of more than that, one will do.
+const CANCELS_MAX: u32 = 4;
 /// LIMIT: detaching is a `Terminate` and a close; what takes longer is stuck.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -68,6 +71,18 @@ impl Doing {
             _ => Doing::Hibernated,
         }
     }
+}
+
+/// Where a query of a session stands that has no backend yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Pending {
+    /// There is none.
+    No,
+    /// It waits.
+    Yes,
+    /// It waits no more: the client has cancelled it.
+    CalledOff,
 }
 
 /// What a session is told to do from outside.
@@ -122,6 +137,12 @@ pub struct Seat {
     pin: Mutex<Option<String>>,
     /// The backend of the moment, for cancel requests.
     backend: Mutex<Option<CancelTarget>>,
+    /// Cancel requests are not to reach the backend: it does something of the proxy's own, or is about to leave.
+    shielded: AtomicBool,
+    /// Whether the client waits with a query, and whether that was cancelled meanwhile: a [`Pending`] as one byte.
+    wait: AtomicU8,
+    /// One permit for each cancel request on its way.
+    cancels: Semaphore,
     /// Generation of the compute it is attached to; 0 while it is to none, or before the first.
     generation: AtomicU64,
 }
@@ -148,6 +169,9 @@ impl Seat {
             order: Mutex::default(),
             pin: Mutex::default(),
             backend: Mutex::default(),
+            shielded: AtomicBool::new(false),
+            wait: AtomicU8::new(Pending::No as u8),
+            cancels: Semaphore::new(CANCELS_MAX as usize),
             generation: AtomicU64::new(0),
         })
     }
@@ -189,10 +213,60 @@ impl Seat {
         self.pin.lock().clone()
     }
 
-    /// Notes the backend of the moment.
+    /// Notes the backend of the moment, which cancel requests may reach from now on.
     pub fn set_backend(&self, generation: u64, target: Option<CancelTarget>) {
         self.generation.store(generation, Ordering::Relaxed);
         *self.backend.lock() = target;
+        self.unshield();
+    }
+
+    /// Lets no cancel request through to the backend any more, and waits until those on their way have arrived or failed.
+    /// To be called before the backend does anything that is not this client's. It takes as long as a postmaster takes to
+    /// answer; whoever stops waiting has to assume that one may still strike. Cancel-safe: the shield stays up.
+    pub async fn shield(&self) {
+        self.shielded.store(true, Ordering::SeqCst);
+        let _ = self.cancels.acquire_many(CANCELS_MAX).await;
+    }
+
+    /// Lets cancel requests through again.
+    pub fn unshield(&self) {
+        self.shielded.store(false, Ordering::SeqCst);
+    }
+
+    /// Begins to wait for a backend, with a query of the client in hand.
+    pub fn begin_wait(&self) {
+        self.wait.store(Pending::Yes as u8, Ordering::SeqCst);
+    }
+
+    /// Whether the query that waits for a backend was cancelled.
+    pub fn is_called_off(&self) -> bool {
+        self.wait.load(Ordering::SeqCst) == Pending::CalledOff as u8
+    }
+
+    /// Ends the wait, from when on cancel requests go to the backend; answers whether the query was cancelled before.
+    pub fn end_wait(&self) -> bool {
+        self.wait.swap(Pending::No as u8, Ordering::SeqCst) == Pending::CalledOff as u8
+    }
+
+    /// Cancels what is done for this client; answers what became of the request, for the count.
+    pub async fn cancel(&self) -> &'static str {
+        let (waits, called_off) = (Pending::Yes as u8, Pending::CalledOff as u8);
+        if self.wait.compare_exchange(waits, called_off, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.poke();
+            return "called_off";
+        }
+        // The permit comes first: whoever raised the shield before finds it up, whoever raises it now waits for this one.
+        let Ok(_on_its_way) = self.cancels.try_acquire() else { return "limited" };
+        if self.shielded.load(Ordering::SeqCst) {
+            return "nothing";
+        }
+        match self.backend() {
+            None => "nothing",
+            Some(target) => match target.cancel().await {
+                Ok(()) => "sent",
+                Err(_) => "error",
+            },
+        }
     }
 
     /// The backend of the moment.
@@ -351,6 +425,8 @@ pub struct Branch {
     /// A session's standing changed, or one left.
     settled: Notify,
     fencing: tokio::sync::Mutex<()>,
+    /// The backends of its clients in transaction mode.
+    pub pool: Arc<Pool>,
 }
 
 impl Branch {
@@ -370,6 +446,7 @@ impl Branch {
             }),
             settled: Notify::new(),
             fencing: tokio::sync::Mutex::default(),
+            pool: Pool::new(),
         })
     }
 
@@ -530,6 +607,13 @@ impl Branch {
         self.inner.lock().sessions(|_| true)
     }
 
+    /// A compute is gone.
+    pub fn lost(&self, generation: u64) {
+        self.forget(generation);
+        self.pool.lost(generation);
+        self.order(Order::Lost, Some(generation));
+    }
+
     /// Gives an order to every session, or to those attached to computes up to a generation.
     pub fn order(&self, order: Order, generation: Option<u64>) {
         let inner = self.inner.lock();
@@ -574,6 +658,8 @@ impl Branch {
             tracing::error!(branch = %self.id, sessions = blocked.0.len(), "sessions did not let go of their backends");
             return Err(blocked);
         }
+        // Nobody gives one back any more.
+        self.pool.close_idle().await;
         self.inner.lock().move_gate(Gate::Closed);
         std::mem::forget(lower);
         Ok(())

@@ -14,11 +14,15 @@
 //! `COPY … FROM STDIN` breaks the pairing: while copying, the server throws `Sync` away (PostgreSQL 15, 55.2.6;
 //! `CopyGetData`, copyfromparse.c), and whether it did so before an error is not to be known at once. `CopyIn` and
 //! `doubt` follow that. The rule in every uncertain case: rather think that something is still under way. That costs
-//! a compute awake, while the other mistake would cut a client off.
+//! a compute awake, while the other mistake would cut a client off. (So it is, too, with a `Query` in the middle of
+//! messages that want a `Sync`: if one of them failed, the server throws it away; and for good with messages that have no
+//! place in a copy, which no client sends that knows of it.) `crate::fuzzing` holds all that against a server.
 
 use std::collections::VecDeque;
+use std::mem;
 
 use crate::frame::{BadLength, Frame, Piece};
+use crate::pings::may_ping;
 use crate::settings::SettingNames;
 use crate::wire::Fields;
 
@@ -29,6 +33,9 @@ const AWAITING_MAX: usize = 65_536;
 const TEXT_MAX: usize = 8 * 1024;
 /// LIMIT: the parameters Postgres reports are short names and values.
 const PARAMETER_MAX: usize = 4 * 1024;
+
+/// LIMIT: a driver has one statement that it pings with, a program perhaps another.
+const PING_STATEMENTS_MAX: usize = 4;
 
 /// A parameter's name and value, in the session's encoding.
 pub type Parameter = (Box<[u8]>, Box<[u8]>);
@@ -47,8 +54,8 @@ pub enum TransactionState {
 enum Awaited {
     /// A `Query` or `FunctionCall`: some other message comes before its `ReadyForQuery`.
     Query,
-    /// A `Sync` after messages that are answered each.
-    WorkSync,
+    /// A `Sync` after messages that are answered each; `several`: some of them follow an `Execute`.
+    WorkSync { several: bool },
     /// A `Sync` with nothing to answer before it.
     BareSync,
     /// A `CopyDone` or `CopyFail` sent before the server said that it copies.
@@ -59,18 +66,18 @@ enum Awaited {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CopyIn {
     No,
-    /// The server takes data. `dropped`: a `Sync` of the client fell into it.
+    /// The server takes data. `dropped`: so many of the client's `Sync`s fell into it.
     Receiving {
-        dropped: bool,
+        dropped: usize,
     },
     /// The client has sent `CopyDone` or `CopyFail`.
     Ending {
-        dropped: bool,
+        dropped: usize,
     },
 }
 
 /// The client's unnamed prepared statement, which Postgres does not list.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 enum Unnamed {
     #[default]
     None,
@@ -81,7 +88,7 @@ enum Unnamed {
 }
 
 /// What is known of a session from the messages that passed.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Conversation {
     client: Frame,
     server: Frame,
@@ -90,10 +97,16 @@ pub struct Conversation {
     unsynced: bool,
     /// … and the server answers each of it.
     worked: bool,
+    /// … an `Execute` among it, which may have begun a copy
+    executed: bool,
+    /// … and more behind that, which would have no place in a copy.
+    several: bool,
     transaction: TransactionState,
     copy: CopyIn,
-    /// A copy failed after a `Sync` fell into it: one `ReadyForQuery` more may come than is awaited.
-    doubt: bool,
+    /// A copy failed after `Sync`s fell into it, as it seemed: up to so many `ReadyForQuery` more may come than are awaited.
+    doubt: usize,
+    /// The client sent what has no place in a copy, which ends it: how much of it fell into the copy is not to be known.
+    astray: bool,
     /// The server sent something in answer since its last `ReadyForQuery`.
     replied: bool,
     /// The last message of the server that ended was an `ErrorResponse`.
@@ -103,6 +116,8 @@ pub struct Conversation {
     heard: bool,
     settings: SettingNames,
     unnamed: Unnamed,
+    /// Named statements that pools ping with: name and text.
+    ping_statements: Vec<Parameter>,
     /// A text that arrives in pieces.
     client_text: Vec<u8>,
     server_text: Vec<u8>,
@@ -119,15 +134,19 @@ impl Conversation {
             awaiting: VecDeque::new(),
             unsynced: false,
             worked: false,
+            executed: false,
+            several: false,
             transaction: TransactionState::Idle,
             copy: CopyIn::No,
-            doubt: false,
+            doubt: 0,
+            astray: false,
             replied: false,
             error_last: false,
             terminated: false,
             heard: false,
             settings: SettingNames::default(),
             unnamed: Unnamed::None,
+            ping_statements: Vec::new(),
             client_text: Vec::new(),
             server_text: Vec::new(),
             parameters: Vec::new(),
@@ -144,7 +163,12 @@ impl Conversation {
 
     /// Whether the backend may be exchanged: idle, and both streams between two messages.
     pub fn is_at_rest(&self) -> bool {
-        self.is_idle() && !self.doubt && self.client.at_boundary() && self.server.at_boundary()
+        self.is_idle() && self.doubt == 0 && !self.astray && self.client.at_boundary() && self.server.at_boundary()
+    }
+
+    /// Whether nothing that the server says now would be an answer.
+    pub fn awaits_nothing(&self) -> bool {
+        self.awaiting.is_empty() && !self.unsynced && self.copy == CopyIn::No && self.server.at_boundary()
     }
 
     /// Whether a message of our own may be put into the stream to the client here.
@@ -182,6 +206,36 @@ impl Conversation {
         self.heard = false;
     }
 
+    /// Whether every sync point has been answered; a transaction may be open.
+    pub fn is_answered(&self) -> bool {
+        self.awaiting.is_empty()
+    }
+
+    /// Whether it cannot be told which answers are still to come: while data is copied in, and after that failed.
+    pub fn is_unclear(&self) -> bool {
+        self.doubt > 0 || self.copy != CopyIn::No
+    }
+
+    /// Whether so many answers are awaited that no more of the client's bytes are taken.
+    pub fn awaits_too_much(&self) -> bool {
+        self.awaiting.len() >= AWAITING_MAX
+    }
+
+    /// Whether the client's bytes so far end with a sync point.
+    pub fn is_turn_over(&self) -> bool {
+        !self.unsynced && self.client.at_boundary()
+    }
+
+    /// The parameters as the client was last told them.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// Whether the client was told something else, or nothing, of this parameter.
+    pub fn would_be_news(&self, name: &[u8], value: &[u8]) -> bool {
+        !self.parameters.iter().any(|(known, told)| **known == *name && **told == *value)
+    }
+
     /// Whether the client has sent `Terminate`.
     pub fn is_terminated(&self) -> bool {
         self.terminated
@@ -202,6 +256,25 @@ impl Conversation {
             Unnamed::Kept(body) => Ok(Some(body)),
             Unnamed::TooLong { used: false } => Err(TooLong),
         }
+    }
+
+    /// The text of a named statement without parameters, if that may be a ping.
+    pub fn ping_statement(&self, name: &[u8]) -> Option<&[u8]> {
+        self.ping_statements.iter().find(|(held, _)| **held == *name).map(|(_, text)| &**text)
+    }
+
+    fn note_ping_statement(&mut self, parse: &[u8]) {
+        let mut fields = Fields(parse);
+        let (Some(name), Some(text)) = (fields.cstr(), fields.cstr()) else { return };
+        self.ping_statements.retain(|(held, _)| **held != *name);
+        if fields.0 == [0, 0] && may_ping(text) && self.ping_statements.len() < PING_STATEMENTS_MAX {
+            self.ping_statements.push((name.into(), text.into()));
+        }
+    }
+
+    /// Notes that the `Parse` of an unnamed statement has failed.
+    pub fn forget_unnamed(&mut self) {
+        self.unnamed = Unnamed::None;
     }
 
     /// Gives back memory that only a busy session needs.
@@ -281,15 +354,18 @@ impl Conversation {
 
     /// A whole message of the client has passed. Answers whether it was a sync point.
     fn client_message(&mut self, tag: u8) -> bool {
+        if matches!(self.copy, CopyIn::Receiving { .. }) && !matches!(tag, b'd' | b'c' | b'f' | b'S' | b'H' | b'X') {
+            self.astray = true;
+        }
         match tag {
             b'Q' | b'F' => self.sync_point(Awaited::Query),
             b'S' => match &mut self.copy {
                 CopyIn::Receiving { dropped } => {
-                    *dropped = true;
+                    *dropped += 1;
                     self.unsynced = true;
                     return false;
                 }
-                _ if self.worked => self.sync_point(Awaited::WorkSync),
+                _ if self.worked => self.sync_point(Awaited::WorkSync { several: self.several }),
                 _ => self.sync_point(Awaited::BareSync),
             },
             b'c' | b'f' => {
@@ -310,6 +386,8 @@ impl Conversation {
             _ => {
                 self.unsynced = true;
                 self.worked = true;
+                self.several |= self.executed;
+                self.executed |= tag == b'E';
                 return false;
             }
         }
@@ -318,18 +396,21 @@ impl Conversation {
 
     fn sync_point(&mut self, kind: Awaited) {
         self.awaiting.push_back(kind);
-        self.unsynced = false;
-        self.worked = false;
+        (self.unsynced, self.worked, self.executed, self.several) = (false, false, false, false);
     }
 
     fn client_piece(&mut self, piece: &Piece<'_>) {
         match piece.tag {
-            // Portal and statement unnamed: the usual form.
-            b'B' if piece.first && piece.body.starts_with(&[0, 0]) => {
-                if let Unnamed::TooLong { used } = &mut self.unnamed {
-                    *used = true;
+            b'B' | b'C' => match (piece.first, piece.body) {
+                (true, [one, two, ..]) => self.client_begins(piece, [*one, *two]),
+                (true, begun) if !piece.last => self.client_text = begun.to_vec(),
+                (false, [two, ..]) => {
+                    if let [one] = *mem::take(&mut self.client_text) {
+                        self.client_begins(piece, [one, *two]);
+                    }
                 }
-            }
+                _ => {}
+            },
             b'P' | b'Q' if piece.length > TEXT_MAX => self.client_long_text(piece),
             b'P' | b'Q' if piece.first && piece.last => self.client_text(piece.tag, piece.body),
             b'P' | b'Q' => {
@@ -338,12 +419,20 @@ impl Conversation {
                 }
                 self.client_text.extend_from_slice(piece.body);
                 if piece.last {
-                    let text = std::mem::take(&mut self.client_text);
+                    let text = mem::take(&mut self.client_text);
                     self.client_text(piece.tag, &text);
                 }
             }
-            // Close of the unnamed statement.
-            b'C' if piece.first && piece.body == b"S\0" => self.unnamed = Unnamed::None,
+            _ => {}
+        }
+    }
+
+    /// The first two bytes of a `Bind` or `Close`.
+    fn client_begins(&mut self, piece: &Piece<'_>, bytes: [u8; 2]) {
+        match (piece.tag, bytes, &mut self.unnamed) {
+            // Portal and statement unnamed: the usual form.
+            (b'B', [0, 0], Unnamed::TooLong { used }) => *used = true,
+            (b'C', [b'S', 0], unnamed) if piece.length == 2 => *unnamed = Unnamed::None,
             _ => {}
         }
     }
@@ -371,6 +460,8 @@ impl Conversation {
                 }
                 other => *other = Unnamed::Kept(body.to_vec()),
             }
+        } else {
+            self.note_ping_statement(body);
         }
     }
 
@@ -387,7 +478,7 @@ impl Conversation {
         }
         self.server_text.extend_from_slice(piece.body);
         if piece.last {
-            let body = std::mem::take(&mut self.server_text);
+            let body = mem::take(&mut self.server_text);
             self.server_parameter_body(&body);
         }
     }
@@ -406,7 +497,11 @@ impl Conversation {
             (b'C', _) => self.copy = CopyIn::No,
             (_, CopyIn::Receiving { dropped } | CopyIn::Ending { dropped }) => {
                 self.copy = CopyIn::No;
-                self.doubt |= dropped;
+                self.doubt += dropped;
+                if dropped > 0 {
+                    // What is answered before one `ReadyForQuery` more, if it comes, begins here.
+                    self.replied = false;
+                }
             }
             (_, CopyIn::No) => {}
         }
@@ -425,21 +520,31 @@ impl Conversation {
         let end = (from..self.awaiting.len()).find(|&at| self.awaiting[at] == Awaited::CopyEnd);
         let upto = end.unwrap_or(self.awaiting.len());
         let before = self.awaiting.len();
+        // Messages that are answered each, sent before the client knew of the copy: those behind its own end it.
+        let mut others = self.awaiting.range(upto.min(1)..upto);
+        let in_others = others.any(|awaited| matches!(awaited, Awaited::Query | Awaited::WorkSync { .. }));
+        let in_own = match self.awaiting.front() {
+            Some(Awaited::WorkSync { several }) => *several,
+            Some(Awaited::Query | Awaited::BareSync) => false,
+            // Its sync point is not sent yet.
+            Some(Awaited::CopyEnd) | None => self.several,
+        };
+        self.astray |= in_others || in_own || (end.is_none() && self.worked && before > 0);
         let mut at = 0;
         self.awaiting.retain(|awaited| {
             let inside = (from..upto).contains(&at);
             at += 1;
-            !(inside && matches!(awaited, Awaited::WorkSync | Awaited::BareSync))
+            !(inside && matches!(awaited, Awaited::WorkSync { .. } | Awaited::BareSync))
         });
-        let dropped = self.awaiting.len() < before;
+        let dropped = before - self.awaiting.len();
         match end {
             Some(end) => {
-                self.awaiting.remove(end - (before - self.awaiting.len()));
+                self.awaiting.remove(end - dropped);
                 self.copy = CopyIn::Ending { dropped };
             }
             None => {
                 // The client owes the Sync that ends the copy's command.
-                self.unsynced |= dropped;
+                self.unsynced |= dropped > 0;
                 self.copy = CopyIn::Receiving { dropped };
             }
         }
@@ -447,22 +552,22 @@ impl Conversation {
 
     fn ready(&mut self, status: Option<u8>) {
         self.transaction = if status == Some(b'I') { TransactionState::Idle } else { TransactionState::Open };
-        let replied = std::mem::replace(&mut self.replied, false);
-        if self.doubt {
+        let replied = mem::replace(&mut self.replied, false);
+        if self.doubt > 0 {
             let head = self.awaiting.iter().find(|awaited| **awaited != Awaited::CopyEnd);
             match head {
-                // The one too many: nothing is awaited, or what is would have been answered by something first.
+                // One too many: nothing is awaited, or what is would have been answered by something first.
                 None => {
-                    self.doubt = false;
+                    self.doubt -= 1;
                     self.awaiting.clear();
                     return;
                 }
-                Some(Awaited::Query | Awaited::WorkSync) => {
-                    self.doubt = false;
-                    if !replied {
-                        return;
-                    }
+                Some(Awaited::Query | Awaited::WorkSync { .. }) if !replied => {
+                    self.doubt -= 1;
+                    return;
                 }
+                // Something was answered: all that were too many have come before.
+                Some(Awaited::Query | Awaited::WorkSync { .. }) => self.doubt = 0,
                 Some(_) => {}
             }
         }
@@ -489,7 +594,7 @@ pub enum Malformed {
 }
 
 /// The messages a client may send after authentication (PostgreSQL 15, 55.7).
-fn is_frontend_tag(tag: u8) -> bool {
+pub fn is_frontend_tag(tag: u8) -> bool {
     matches!(tag, b'B' | b'C' | b'd' | b'c' | b'f' | b'D' | b'E' | b'F' | b'H' | b'P' | b'Q' | b'S' | b'X' | b'p')
 }
 

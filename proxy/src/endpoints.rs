@@ -34,9 +34,7 @@ pub trait Endpoints: Debug + Send + Sync + 'static {
 
     /// Whether what backends have said by now may be told to clients. Asked for every read of a backend's bytes, after it;
     /// if not, the session ends with `08006`, because its backend may not be the branch's any more. Must be cheap.
-    fn may_answer(&self) -> bool {
-        true
-    }
+    fn may_answer(&self) -> bool;
 
     /// Makes the branch's compute answer, waking it if need be. May be called by many at once: one wake results.
     /// Only called for authenticated clients. Cancel-safe: a wake once begun goes on.
@@ -52,6 +50,8 @@ pub struct Endpoint {
     pub name: EndpointName,
     /// The database meant where a client names none.
     pub default_database: String,
+    /// How many backends its clients in transaction mode share, if that is set for it.
+    pub pool_size: Option<usize>,
 }
 
 /// A compute that answers.

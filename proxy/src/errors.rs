@@ -14,6 +14,8 @@ use crate::wire::{cstr, message};
 pub enum Severity {
     /// The session ends.
     Fatal,
+    /// The session goes on without what was asked for.
+    Error,
     /// The session goes on.
     Warning,
     /// Nothing is wrong.
@@ -24,13 +26,14 @@ impl Severity {
     fn as_str(self) -> &'static str {
         match self {
             Severity::Fatal => "FATAL",
+            Severity::Error => "ERROR",
             Severity::Warning => "WARNING",
             Severity::Notice => "NOTICE",
         }
     }
 }
 
-/// One thing said to a client: an `ErrorResponse` if fatal, else a `NoticeResponse`.
+/// One thing said to a client: an `ErrorResponse` if it is an error, else a `NoticeResponse`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Said {
     severity: Severity,
@@ -63,7 +66,7 @@ impl Said {
     /// The code a client sees.
     pub fn sqlstate(&self) -> &'static str {
         match self.severity {
-            Severity::Fatal => self.sqlstate.as_str(),
+            Severity::Fatal | Severity::Error => self.sqlstate.as_str(),
             Severity::Warning => PLAIN_WARNING,
             Severity::Notice => NOTHING_WRONG,
         }
@@ -71,7 +74,7 @@ impl Said {
 
     /// Appends the message as it goes over the wire.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let tag = if self.severity == Severity::Fatal { b'E' } else { b'N' };
+        let tag = if matches!(self.severity, Severity::Fatal | Severity::Error) { b'E' } else { b'N' };
         message(out, tag, |body| {
             let mut field = |tag: u8, text: &str| {
                 body.push(tag);
@@ -101,7 +104,7 @@ impl Said {
     /// A protocol version nobody speaks.
     pub fn unsupported_version(major: u16, minor: u16) -> Self {
         Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, format!("unsupported frontend protocol {major}.{minor}"))
-            .detail("The proxy speaks version 3.0 of the protocol.")
+            .detail("The proxy speaks versions 3.0 and 3.2 of the protocol.")
     }
 
     /// No endpoint was named in any of the three ways.
@@ -245,6 +248,35 @@ impl Said {
         .hint("Close connections that are not needed, or use a connection pool in the application.")
     }
 
+    // Transaction mode.
+
+    /// A `pool=` that is no mode.
+    pub fn not_a_pool_mode(text: &str) -> Self {
+        Self::fatal(SqlState::INVALID_PARAMETER_VALUE, format!("pool mode {text:?} is not valid"))
+            .hint("A pool mode is transaction or session.")
+    }
+
+    /// Something that sessions in transaction mode cannot have.
+    pub fn not_pooled(what: &str) -> Self {
+        Self::fatal(SqlState::FEATURE_NOT_SUPPORTED, "this is not available in transaction mode")
+            .detail(format!("What is meant: {what}."))
+            .hint("Connect to the endpoint's own name, without -pooler.")
+    }
+
+    /// No backend became free in time.
+    pub fn pool_exhausted(size: usize, waited: Duration) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "no connection of the pool became free")
+            .detail(format!("The pool has {size} connections; the session waited {} s for one.", waited.as_secs_f64()))
+            .hint("Keep transactions short, or make the pool larger (ebb branch set --pool-size).")
+    }
+
+    /// The session has to keep its backend, and too many do already.
+    pub fn too_many_pins(reason: &str) -> Self {
+        Self::fatal(SqlState::TOO_MANY_CONNECTIONS, "too many sessions keep a connection of the pool for themselves")
+            .detail(format!("This one would keep it for a {reason}; half of the pool may be kept so."))
+            .hint("Connect to the endpoint's own name, without -pooler, or give up what keeps the connection.")
+    }
+
     // Waiting.
 
     /// The wake budget is spent; `usual` is how long the branch's last wake took.
@@ -263,6 +295,15 @@ impl Said {
         Self::fatal(SqlState::CANNOT_CONNECT_NOW, "the branch is busy with an operation")
             .detail(format!("New work was held for {} s.", budget.as_secs_f64()))
             .hint("Try again in a few seconds: the operation (a suspend, restore or rollback) goes on meanwhile.")
+    }
+
+    /// What the client was waiting for was cancelled, by its own wish.
+    pub fn called_off() -> Self {
+        Self {
+            severity: Severity::Error,
+            ..Self::fatal(SqlState::QUERY_CANCELED, "canceling statement due to user request")
+        }
+        .detail("It was waiting for its compute and had not begun.")
     }
 
     /// A wait that has become long enough to be worth a word: for a fence, or for a wake.

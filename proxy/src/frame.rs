@@ -34,7 +34,7 @@ pub struct Piece<'a> {
 }
 
 /// The place in a stream of messages.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Frame {
     header: [u8; 5],
     /// Bytes of the header that are known; 5 while inside a body.

@@ -2,7 +2,7 @@
 //!
 //! A client alone with its backend takes turns with it: while one works, everything else sleeps, and an idle processor takes
 //! longer to wake up than Postgres does for a short query. So a session that has just moved bytes looks again for a moment,
-//! if no other session of its thread has moved any since. As soon as there are two at work there is always somebody to
+//! if the thread's last moves were all its own. As soon as there are two at work there is always somebody to
 //! carry something for, and nobody waits in haste: a busy thread takes no processor time for this. Nor do bulk data: while
 //! they flow, client and backend work at the same time, and need the processors themselves.
 //!
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const FOR: Duration = Duration::from_micros(100);
 /// LIMIT: more bytes at once than this are bulk data; questions and answers that take turns are shorter.
 const SHORT: u64 = 2048;
+/// So many moves in a row make a session the only one at work: one question and its answer are two.
+const ALONE_AFTER: u8 = 6;
 /// LIMIT: after so many waits in vain …
 const VAIN_MAX: u8 = 4;
 /// … only every so many-th move of the thread leads to another.
@@ -39,8 +41,12 @@ pub enum Turn {
 /// The haste of one session.
 #[derive(Debug)]
 pub struct Haste {
-    /// The thread's count at this session's last move; 0 if that is no reason for haste.
+    /// The thread's count at this session's last move.
     own: u64,
+    /// Moves in a row without another session's between them, up to [`ALONE_AFTER`].
+    alone: u8,
+    /// Whether the last move is a reason to wait for the next.
+    waits: bool,
     turn: Turn,
     /// Since when it has looked in vain.
     since: Option<Instant>,
@@ -50,7 +56,7 @@ pub struct Haste {
 
 impl Default for Haste {
     fn default() -> Self {
-        Self { own: 0, turn: Turn::Client, since: None, vain: [0; 2] }
+        Self { own: 0, alone: 0, waits: false, turn: Turn::Client, since: None, vain: [0; 2] }
     }
 }
 
@@ -62,20 +68,22 @@ impl Haste {
             // It only got rid of what it had.
             return;
         }
-        if self.since.take().is_some() && self.own != 0 {
+        if self.since.take().is_some() && self.waits {
             self.vain[self.turn as usize] = 0;
         }
-        let count = MOVES.get() + 1;
-        MOVES.set(count);
-        let hopeless = self.vain[turn as usize] >= VAIN_MAX && !count.is_multiple_of(TRY_EVERY);
-        self.own = if bytes > SHORT || hopeless { 0 } else { count };
+        let before = MOVES.get();
+        self.alone = if before == self.own { (self.alone + 1).min(ALONE_AFTER) } else { 0 };
+        self.own = before + 1;
+        MOVES.set(self.own);
+        let hopeless = self.vain[turn as usize] >= VAIN_MAX && !self.own.is_multiple_of(TRY_EVERY);
+        self.waits = self.alone == ALONE_AFTER && bytes <= SHORT && !hopeless;
         self.turn = turn;
     }
 
     /// Whether to look again.
     #[inline]
     pub fn lasts(&mut self) -> bool {
-        if self.own == 0 || MOVES.get() != self.own {
+        if !self.waits || MOVES.get() != self.own {
             return false;
         }
         let now = Instant::now();
@@ -84,7 +92,7 @@ impl Haste {
         }
         let vain = &mut self.vain[self.turn as usize];
         *vain = vain.saturating_add(1);
-        self.own = 0;
+        self.waits = false;
         false
     }
 }
@@ -93,24 +101,34 @@ impl Haste {
 mod tests {
     use super::*;
 
+    /// A session that has been the only one at work.
+    fn alone() -> Haste {
+        let mut haste = Haste::default();
+        (0..=ALONE_AFTER).for_each(|_| haste.moved(10, Turn::Client));
+        haste
+    }
+
     #[test]
     fn only_a_session_that_is_alone_is_in_haste_and_not_for_long() {
-        let (mut one, mut other) = (Haste::default(), Haste::default());
-        assert!(!one.lasts());
-        one.moved(10, Turn::Backend);
+        assert!(!Haste::default().lasts());
+        let mut one = alone();
         assert!(one.lasts());
-        other.moved(10, Turn::Backend);
+        let mut other = alone();
         assert!(!one.lasts());
         assert!(other.lasts());
         std::thread::sleep(FOR);
         assert!(!other.lasts());
         other.moved(10, Turn::Client);
         assert!(other.lasts());
+        // In turns, neither is alone, whoever was last.
+        one.moved(10, Turn::Client);
+        other.moved(10, Turn::Client);
+        assert!(!one.lasts() && !other.lasts());
     }
 
     #[test]
     fn bulk_data_are_in_no_haste() {
-        let mut haste = Haste::default();
+        let mut haste = alone();
         haste.moved(SHORT + 1, Turn::Backend);
         assert!(!haste.lasts());
         haste.moved(5, Turn::Client);
@@ -119,7 +137,7 @@ mod tests {
 
     #[test]
     fn what_is_in_vain_is_seldom_tried_again() {
-        let mut haste = Haste::default();
+        let mut haste = alone();
         let mut tried = 0;
         let moves = 10 * TRY_EVERY;
         for _ in 0..moves {
@@ -131,11 +149,12 @@ mod tests {
             }
         }
         assert!((10..=10 + u64::from(VAIN_MAX)).contains(&tried), "{tried} of {moves}");
-        // The other's turns are another matter.
+        // The backend's turns are another matter.
         haste.moved(5, Turn::Backend);
         assert!(haste.lasts());
         // Once it helps, it is in favour again.
-        while !haste.lasts() || haste.turn == Turn::Backend {
+        haste.moved(5, Turn::Client);
+        while !haste.lasts() {
             haste.moved(5, Turn::Client);
         }
         haste.moved(5, Turn::Client);

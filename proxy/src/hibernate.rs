@@ -14,6 +14,7 @@
 //! statements, so that the client's unnamed statement survives if the session stays.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 
 use tokio::io::AsyncWriteExt;
@@ -23,7 +24,9 @@ use crate::lexical::begins_with;
 use crate::unix::UnixStream;
 use crate::wire::{Fields, cstr, error_field, message, read_message};
 
-/// The name of the proxy's own statements; no driver uses it.
+/// What the proxy's own statements are called; no driver uses it. They are no part of a session.
+pub const RESERVED: &str = "__ebb";
+/// The name of the one that asks.
 const OWN: &str = "__ebb_session_state";
 /// LIMIT: what one hibernated session may keep of settings and statements; more keeps the compute awake instead.
 const KEPT_MAX: usize = 1 << 20;
@@ -33,7 +36,7 @@ const OID_TEXT: u32 = 25;
 const OID_TEXT_ARRAY: u32 = 1009;
 
 /// What a session is, apart from its backend. Bytes are in the session's client encoding.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Kept {
     /// Settings in the order to be given back.
     settings: Vec<Parameter>,
@@ -42,14 +45,14 @@ pub struct Kept {
     unnamed: Option<Box<[u8]>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct Statement {
     name: Box<[u8]>,
     text: Box<[u8]>,
     origin: Origin,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 enum Origin {
     /// `Parse`, with these parameter types.
     Protocol(Box<[u32]>),
@@ -232,6 +235,39 @@ impl Kept {
         Ok(())
     }
 
+    /// Leaves the unnamed statement out.
+    pub fn forget_unnamed(&mut self) {
+        self.unnamed = None;
+    }
+
+    /// Leaves a setting out.
+    pub fn forget_setting(&mut self, name: &[u8]) {
+        self.settings.retain(|(held, _)| **held != *name);
+    }
+
+    /// Whether a new session of this role would be the same.
+    pub fn is_plain(&self, role: &str) -> bool {
+        let usual = |(name, value): &Parameter| match &**name {
+            b"role" => **value == *b"none",
+            b"session_authorization" => **value == *role.as_bytes(),
+            _ => false,
+        };
+        self.statements.is_empty() && self.unnamed.is_none() && self.settings.iter().all(usual)
+    }
+
+    /// Whether there are prepared statements in it.
+    pub fn has_statements(&self) -> bool {
+        !self.statements.is_empty()
+    }
+
+    /// Tells its settings from others.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.settings.hash(&mut hasher);
+        // 0 is no settings at all.
+        hasher.finish().max(1)
+    }
+
     fn take_setting(&mut self, name: &[u8], value: &[u8]) {
         let at = self.settings.partition_point(|(held, _)| rank(held) <= rank(name));
         self.settings.insert(at, (name.into(), value.into()));
@@ -348,7 +384,7 @@ UNION ALL SELECT 'set', f.n, pg_catalog.current_setting(f.n, true), NULL FROM (
 UNION ALL SELECT CASE WHEN p.from_sql THEN 'sql' ELSE 'wire' END, p.name, p.statement,
          p.parameter_types::pg_catalog.oid[]::pg_catalog.text
   FROM pg_catalog.pg_prepared_statements p
- WHERE p.name OPERATOR(pg_catalog.<>) '{OWN}'
+ WHERE p.name OPERATOR(pg_catalog.!~) '^{RESERVED}'
    AND pg_catalog.octet_length(p.statement) OPERATOR(pg_catalog.<=) {KEPT_MAX}"
     );
     for name in ["session_authorization", "role"] {

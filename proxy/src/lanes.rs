@@ -151,6 +151,7 @@ impl Endpoints for Elsewhere {
     }
 
     fn may_answer(&self) -> bool {
+        // On the way of every message: asked where it is wanted.
         self.endpoints.may_answer()
     }
 
@@ -176,6 +177,45 @@ mod tests {
         assert_eq!(held(), [1, 1]);
         drop((second, third));
         assert_eq!(held(), [0, 0]);
+    }
+
+    #[derive(Debug)]
+    struct NotOurs;
+
+    #[async_trait]
+    impl Endpoints for NotOurs {
+        async fn find(&self, _: &EndpointName) -> Result<Endpoint, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        async fn allowed(&self, _: BranchId) -> Result<AllowList, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        fn mock_secret(&self) -> Option<[u8; 32]> {
+            None
+        }
+
+        async fn verifier(&self, _: BranchId, _: &str) -> Result<Option<String>, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        async fn visit(&self, _: BranchId, _: &Point) -> Result<BranchId, EndpointError> {
+            unreachable!("nobody asks")
+        }
+
+        fn may_answer(&self) -> bool {
+            false
+        }
+
+        async fn wake(&self, _: BranchId) -> Result<Awake, EndpointError> {
+            unreachable!("nobody asks")
+        }
+    }
+
+    #[tokio::test]
+    async fn what_may_not_be_told_may_not_be_told_on_a_lane_either() {
+        assert!(!Elsewhere::new(Arc::new(NotOurs)).may_answer());
     }
 
     #[test]

@@ -9,10 +9,10 @@
 //!                                    relay ◄─► backend                     │
 //!                                    at the gate: examine ─► hibernate ────┘ next message
 //!
-//!   pure:  frame (boundaries) ◄ conversation (at rest?)   startup   scram   settings (names)   errors (words)
+//!   pure:  frame (boundaries) ◄ conversation (at rest?), calloff   startup   scram   settings (names)   errors (words)
 //!          pings (what wakes nobody)   wishes (of clients)   replication (streams that sleep)   proxy_protocol
 //!   rim:   proxy, door (who comes in), login, session, relay, backend, cancel, tls, certificates
-//!   shared by the sessions of a branch: branch (gate, single-flight wake)
+//!   shared by the sessions of a branch: branch (gate, single-flight wake), pool (transaction mode, with sessions of its own)
 //!   shared by all: strangers (places of the unauthenticated), limits (rates)
 //! ```
 //!
@@ -28,10 +28,11 @@
 //!
 //! **Cancellation**: see [`Proxy::run`]; each public future says the rest itself.
 //!
-//! Deliberately absent: pooling, version 1 of the PROXY protocol, certificates instead of passwords.
+//! Deliberately absent: version 1 of the PROXY protocol, certificates instead of passwords.
 
 mod backend;
 mod branch;
+mod calloff;
 mod cancel;
 mod certificates;
 mod conversation;
@@ -39,6 +40,9 @@ mod door;
 pub mod endpoints;
 mod errors;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod haste;
 mod hibernate;
 mod lanes;
@@ -46,6 +50,7 @@ mod lexical;
 mod limits;
 mod login;
 mod pings;
+mod pool;
 mod proxy;
 mod proxy_protocol;
 mod relay;

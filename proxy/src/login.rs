@@ -7,7 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use ebb_types::Point;
+use ebb_types::{EndpointName, Point, SqlState};
 use rustls::ServerConfig;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -19,15 +19,16 @@ use crate::endpoints::Endpoint;
 use crate::errors::Said;
 use crate::proxy::Shared;
 use crate::scram::{self, Exchange, Failure, Verifier};
-use crate::startup::{PACKET_MAX, Packet, Place, Startup};
+use crate::startup::{PACKET_MAX, Packet, Place, Startup, behind_pooler};
 use crate::strangers::Stranger;
 use crate::stream::ClientStream;
+use crate::tls::ALPN;
 use crate::wire::{Fields, cstr, message, read_message};
 
 /// LIMIT: SCRAM messages are some hundred bytes (Postgres 15: `PG_MAX_SASL_MESSAGE_LENGTH`, 1024).
 const SASL_MESSAGE_MAX: usize = 1024;
-/// Version 3.0, which is what newer minor versions are negotiated down to.
-const PROTOCOL_3_0: u32 = 3 << 16;
+/// What a TLS record of a handshake begins with (RFC 8446, 5.1). No start-up packet does: it would have 352 MB.
+const TLS_HANDSHAKE: u8 = 0x16;
 
 /// A client that has proved who it is.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub struct Login {
     pub role: String,
     /// From where.
     pub peer: SocketAddr,
+    /// In transaction mode.
+    pub pooled: bool,
 }
 
 /// How a connection ends before there is a session.
@@ -73,7 +76,7 @@ pub async fn login(
 ) -> Result<Login, Turned> {
     let peer = door::introduce(shared, &mut socket, from, stranger).await?;
     let served = shared.certificates.served();
-    let (mut client, mut startup) = greet(shared, socket, &served.config).await?;
+    let (mut client, mut startup) = greet(shared, socket, peer.address, &served.config).await?;
     let (sni, binding, encrypted) = match &client {
         ClientStream::Plain(_) => (None, None, false),
         ClientStream::Tls(stream) => {
@@ -86,10 +89,13 @@ pub async fn login(
             door::refused("tls_wanted");
             return Err(Said::tls_wanted().into());
         }
-        negotiate(&mut client, &startup).await?;
+        if let Some(negotiation) = startup.negotiation() {
+            client.send(&negotiation).await?;
+        }
         let role = startup.text("user").filter(|role| !role.is_empty()).ok_or_else(Said::no_user)?.to_owned();
-        let Place { endpoint, point } = startup.take_place(sni.as_deref(), &shared.config.domain)?;
-        let mut endpoint = shared.endpoints.find(&endpoint).await.map_err(Said::from)?;
+        let Place { endpoint, point, pooled } = startup.take_place(sni.as_deref(), &shared.config.domain)?;
+        let (mut endpoint, by_name) = find(shared, &endpoint).await?;
+        let pooled = pooled.unwrap_or(by_name);
         startup.default_database(&endpoint.default_database);
         startup.fix_user(&role);
         door::admit(shared, &client, peer, &endpoint, &role).await?;
@@ -98,12 +104,22 @@ pub async fn login(
             // Whoever may not come in now may not come into the past either.
             endpoint.branch = shared.endpoints.visit(endpoint.branch, &point).await.map_err(Said::from)?;
         }
-        Ok((endpoint, role))
+        Ok((endpoint, role, pooled))
     };
     match result.await {
-        Ok((endpoint, role)) => Ok(Login { client, startup, endpoint, role, peer: peer.address }),
+        Ok((endpoint, role, pooled)) => Ok(Login { client, startup, endpoint, role, peer: peer.address, pooled }),
         Err(Refusal::Say(said)) => Err(Turned::Away(client, said)),
         Err(Refusal::HungUp) => Err(Turned::Off),
+    }
+}
+
+/// Finds an endpoint, by its own name or else by its pooler's; answers whether it was the latter.
+async fn find(shared: &Shared, name: &EndpointName) -> Result<(Endpoint, bool), Said> {
+    match (shared.endpoints.find(name).await, behind_pooler(name)) {
+        (Err(error), Some(own)) if error.sqlstate == SqlState::INVALID_CATALOG_NAME => {
+            shared.endpoints.find(&own).await.map(|endpoint| (endpoint, true)).map_err(Said::from)
+        }
+        (found, _) => found.map(|endpoint| (endpoint, false)).map_err(Said::from),
     }
 }
 
@@ -128,10 +144,22 @@ impl From<io::Error> for Refusal {
 }
 
 /// Encryption requests, cancel requests, up to the start-up packet.
-async fn greet(shared: &Shared, socket: TcpStream, tls: &Arc<ServerConfig>) -> Result<(ClientStream, Startup), Turned> {
+///
+/// Each request is read to its last byte and no further, so that nothing sent in the clear behind it is ever taken for
+/// something that came encrypted (CVE-2021-23214): it meets the TLS handshake, which it breaks.
+async fn greet(
+    shared: &Shared,
+    socket: TcpStream,
+    peer: SocketAddr,
+    tls: &Arc<ServerConfig>,
+) -> Result<(ClientStream, Startup), Turned> {
+    let direct = begins_with_tls(&socket).await?;
     let mut client = ClientStream::Plain(socket);
-    let mut may_encrypt = true;
-    let mut may_gss = true;
+    if direct {
+        client = encrypt(shared, tls, client, Alpn::Required).await?;
+    }
+    let mut may_encrypt = !direct;
+    let mut may_gss = !direct;
     loop {
         let packet = match read_packet(&mut client).await? {
             Some(body) => Packet::parse(&body),
@@ -140,11 +168,7 @@ async fn greet(shared: &Shared, socket: TcpStream, tls: &Arc<ServerConfig>) -> R
         match packet {
             Ok(Packet::SslRequest) if may_encrypt => {
                 client.send(b"S").await?;
-                let ClientStream::Plain(socket) = client else { return Err(Turned::Off) };
-                // The request was read to its last byte and no further: nothing sent in the clear is taken for TLS.
-                let handshake = shared.home.spawn(TlsAcceptor::from(tls.clone()).accept(socket));
-                let ended = AbortOnDropHandle::new(handshake).await.map_err(io::Error::other)?;
-                client = ClientStream::Tls(Box::new(ended?));
+                client = encrypt(shared, tls, client, Alpn::Optional).await?;
                 (may_encrypt, may_gss) = (false, false);
             }
             Ok(Packet::GssRequest) if may_gss => {
@@ -155,13 +179,47 @@ async fn greet(shared: &Shared, socket: TcpStream, tls: &Arc<ServerConfig>) -> R
                 return Err(Turned::Away(client, Said::malformed("encryption is asked for twice")));
             }
             Ok(Packet::Cancel(key)) => {
-                shared.keys.cancel(key).await;
+                shared.keys.cancel(key, peer.ip(), &shared.tasks).await;
                 return Err(Turned::Off);
             }
             Ok(Packet::Startup(startup)) => return Ok((client, startup)),
             Err(said) => return Err(Turned::Away(client, said)),
         }
     }
+}
+
+/// Whether the client begins with TLS at once, without asking (PostgreSQL 18, 54.2.10). Takes no byte.
+async fn begins_with_tls(socket: &TcpStream) -> Result<bool, Turned> {
+    let mut first = [0];
+    match socket.peek(&mut first).await? {
+        0 => Err(Turned::Off),
+        _ => Ok(first[0] == TLS_HANDSHAKE),
+    }
+}
+
+/// Whether a client has to say in the handshake that it is Postgres' protocol it wants to speak.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Alpn {
+    /// It has said so before.
+    Optional,
+    /// Else a client of another protocol could be led here, its requests taken for ours (ALPACA); as in PostgreSQL 17.
+    Required,
+}
+
+async fn encrypt(
+    shared: &Shared,
+    tls: &Arc<ServerConfig>,
+    client: ClientStream,
+    alpn: Alpn,
+) -> Result<ClientStream, Turned> {
+    let ClientStream::Plain(socket) = client else { return Err(Turned::Off) };
+    let handshake = shared.home.spawn(TlsAcceptor::from(tls.clone()).accept(socket));
+    let stream = AbortOnDropHandle::new(handshake).await.map_err(io::Error::other)??;
+    if alpn == Alpn::Required && stream.get_ref().1.alpn_protocol() != Some(ALPN) {
+        tracing::debug!("direct TLS without the protocol's name is refused");
+        return Err(Turned::Off);
+    }
+    Ok(ClientStream::Tls(Box::new(stream)))
 }
 
 /// The body of one packet; `None` if its length is impossible.
@@ -173,22 +231,6 @@ async fn read_packet(client: &mut ClientStream) -> io::Result<Option<Vec<u8>>> {
     let mut body = vec![0; length];
     client.read_exact(&mut body).await?;
     Ok(Some(body))
-}
-
-/// Tells a client that asked for more than 3.0 what it gets (PostgreSQL 15, 55.2.1).
-async fn negotiate(client: &mut ClientStream, startup: &Startup) -> io::Result<()> {
-    if startup.minor == 0 && startup.unknown_options.is_empty() {
-        return Ok(());
-    }
-    let mut out = Vec::new();
-    message(&mut out, b'v', |body| {
-        body.extend_from_slice(&PROTOCOL_3_0.to_be_bytes());
-        body.extend_from_slice(&(startup.unknown_options.len() as u32).to_be_bytes());
-        for option in &startup.unknown_options {
-            cstr(body, option);
-        }
-    });
-    client.send(&out).await
 }
 
 /// SCRAM, and nothing else. A role that does not exist goes the same way to the same end.

@@ -48,11 +48,16 @@ pub struct Pings<'a, N> {
     pub named: N,
 }
 
-/// Whether these bytes, which begin a turn, are one ping and nothing else. What they are is told by themselves: a ping by a
-/// statement prepared earlier counts as work.
+/// Whether a query may be a ping, for some or for all.
+pub fn may_ping(text: &[u8]) -> bool {
+    text.len() <= TURN_MAX && question(text).is_some()
+}
+
+/// Whether these bytes, which begin a turn, are one ping and nothing else. `named` finds the text of a statement without
+/// parameters.
 #[inline]
-pub fn is_ping(bytes: &[u8], select_one: bool) -> bool {
-    let pings = Pings { select_one, unnamed: None, named: |_: &[u8]| None };
+pub fn is_ping<'a>(bytes: &[u8], select_one: bool, named: impl Fn(&[u8]) -> Option<&'a [u8]>) -> bool {
+    let pings = Pings { select_one, unnamed: None, named };
     bytes.len() <= TURN_MAX && matches!(pings.hear(bytes), Heard::Ping { taken, .. } if taken == bytes.len())
 }
 
@@ -216,12 +221,15 @@ impl<'a, N: Fn(&[u8]) -> Option<&'a [u8]>> Turn<'_, 'a, N> {
     fn execute(&mut self, mut fields: Fields<'_>) -> Option<()> {
         let (name, limit) = (fields.cstr()?, fields.i32()?);
         let portal = self.portal.as_mut().filter(|portal| !portal.run)?;
-        // With a limit of one row the portal would be suspended, not complete.
-        if !name.is_empty() || !fields.0.is_empty() || limit == 1 || limit < 0 {
+        if !name.is_empty() || !fields.0.is_empty() || limit < 0 {
             return None;
         }
         portal.run = true;
         let Portal { question, binary, .. } = *portal;
+        // With a limit of one row the portal would be suspended, not complete.
+        if question == Question::One && limit == 1 {
+            return None;
+        }
         self.run(question, binary);
         Some(())
     }
@@ -343,7 +351,9 @@ mod tests {
         check(&turn(&[(b'P', b"named\0\0\0\0"), (b'S', b"")]), false, false);
         check(&turn(&[(b'P', b"\0\0\0\x01\0\0\0\x17"), (b'S', b"")]), false, false);
         check(&turn(&[(b'B', bind), (b'E', execute), (b'E', execute), (b'S', b"")]), false, false);
-        check(&turn(&[(b'B', bind), (b'E', b"\0\0\0\0\x01"), (b'S', b"")]), false, false);
+        // As pgjdbc does: it wants one row at most.
+        check(&turn(&[(b'B', bind), (b'E', b"\0\0\0\0\x01"), (b'S', b"")]), true, true);
+        check(&turn(&[(b'B', b"\0S_1\0\0\0\0\0\0\0"), (b'E', b"\0\0\0\0\x01"), (b'S', b"")]), false, false);
         check(&turn(&[(b'E', execute), (b'S', b"")]), false, false);
         // Its answer would be awaited before the Sync.
         check(&turn(&[(b'P', b"\0\0\0\0"), (b'H', b"")]), false, false);

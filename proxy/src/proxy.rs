@@ -86,6 +86,11 @@ pub struct ProxyConfig {
     pub proxy_protocol: Vec<IpNet>,
     /// Certificates to use instead of the own authority's, and the authorities of clients'. Default neither.
     pub files: GivenFiles,
+    /// Backends that a branch's clients in transaction mode share, where the branch has no number of its own. Default: a
+    /// quarter of the connections that its Postgres takes.
+    pub pool_size: Option<usize>,
+    /// How long a client in transaction mode waits for one of them. Default 30 s; then `53300`.
+    pub pool_wait: Duration,
     /// A client that waits for longer is written to the log, with what it waited for. Default 2 s.
     pub slow_wake: Duration,
     /// Threads that carry the sessions. Default: one for four processors; they are shared with whatever else runs here.
@@ -110,6 +115,8 @@ impl ProxyConfig {
             rates: Rates::default(),
             proxy_protocol: Vec::new(),
             files: GivenFiles::default(),
+            pool_size: None,
+            pool_wait: Duration::from_secs(30),
             slow_wake: Duration::from_secs(2),
             lanes: Lanes::usual(),
         }
@@ -176,7 +183,7 @@ pub struct Shared {
     pub strangers: Arc<Strangers>,
     /// Where handshakes are made: strangers' arithmetic must not hold up the sessions on the lanes.
     pub home: Handle,
-    /// Wakes, which outlive those who ask for them.
+    /// Wakes and cancel requests, which outlive those who ask for them.
     pub tasks: TaskTracker,
     /// No new sessions: the proxy stops.
     pub shutdown: CancellationToken,
@@ -245,7 +252,7 @@ impl Proxy {
             endpoints: Elsewhere::new(endpoints),
             authority,
             certificates,
-            keys: Arc::default(),
+            keys: Arc::new(CancelKeys::new()),
             home: Handle::current(),
             tasks: TaskTracker::new(),
             shutdown: CancellationToken::new(),
@@ -416,8 +423,7 @@ impl Sessions for Shared {
 
     fn lost(&self, branch: BranchId, generation: u64) {
         if let Some(branch) = self.known_branch(branch) {
-            branch.forget(generation);
-            branch.order(Order::Lost, Some(generation));
+            branch.lost(generation);
         }
     }
 }

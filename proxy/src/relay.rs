@@ -23,7 +23,7 @@ use crate::unix::UnixStream;
 
 /// LIMIT: bytes passed on are counted when there are so many of them, or when the session pauses: a counter that all
 /// sessions share has no place on the way of each message.
-const COUNT_AFTER: u64 = 1 << 20;
+pub const COUNT_AFTER: u64 = 1 << 20;
 
 /// Counts bytes passed on, up and down, and begins anew.
 pub fn count_passed(passed: &mut [u64; 2]) {
@@ -224,7 +224,8 @@ impl<'a> Link<'a> {
         if self.up.has_held() && (!self.flow.gated || self.conversation.wants_client()) {
             // A ping keeps no compute awake.
             let turn_begins = self.conversation.is_idle() && self.conversation.client_at_boundary();
-            self.flow.pinged = turn_begins && is_ping(self.up.held(), self.select_one);
+            self.flow.pinged =
+                turn_begins && is_ping(self.up.held(), self.select_one, |name| self.conversation.ping_statement(name));
             let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
             if let Some(walstream) = &mut self.walstream {
                 walstream.client_sent(&self.up.held()[..count]);
@@ -296,12 +297,12 @@ impl<'a> Link<'a> {
         Ok(moved)
     }
 
-    /// Whether what an idle backend says is that its postmaster was killed. What that means to the client is for the session
+    /// Whether what a backend says unasked is that its postmaster was killed. What that means to the client is for the session
     /// to say.
     #[cold]
     fn says_that_all_ends(&self) -> bool {
         let words = self.down.held();
-        self.conversation.is_at_rest() && words.get(5..).is_some_and(is_postmaster_death)
+        self.conversation.awaits_nothing() && words.get(5..).is_some_and(is_postmaster_death)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -26,6 +26,7 @@ use tracing::Instrument;
 
 use crate::backend::{Backend, StartError, encoded, relayed_error};
 use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Sitter, Standing};
+use crate::calloff::{CalledOff, Next};
 use crate::cancel::{CancelTarget, IssuedKey};
 use crate::conversation::Conversation;
 use crate::door::{no_seat, refused};
@@ -33,6 +34,7 @@ use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::hibernate::{self, Examined, Kept, ReplayError, Replayed};
 use crate::login::{Login, Turned, login};
+use crate::pool;
 use crate::proxy::Shared;
 use crate::relay::{Link, Pause, count_passed};
 use crate::replication::{self, History, Resume, Walstream};
@@ -45,9 +47,9 @@ use crate::wishes::Wishes;
 mod sleeping;
 
 /// After how long a wait deserves a word.
-const NOTICE_AFTER: Duration = Duration::from_secs(1);
+pub const NOTICE_AFTER: Duration = Duration::from_secs(1);
 /// Between two tries to reach a compute that should be there.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
+pub const RETRY_AFTER: Duration = Duration::from_millis(20);
 /// How often a stream of WAL is looked at, whether it has become quiet.
 const STREAM_LOOK: Duration = Duration::from_millis(200);
 /// LIMIT: between two wakes, after one that failed for a reason that may pass.
@@ -57,11 +59,13 @@ const WAKE_AGAIN_MAX: Duration = Duration::from_secs(2);
 const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// LIMIT: how long the last words of a dead compute may take to arrive.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_millis(200);
+/// LIMIT: how long a cancel request on its way is waited for. One that strikes later pins the session this time.
+const LAST_CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 /// LIMIT: how much of a message begun is waited for, so that an error can follow it.
 const REST_OF_MESSAGE_MAX: usize = 64 * 1024;
 
 /// Counts what became of a connection; `sqlstate` is empty where the client was told none.
-fn note_connect(outcome: &'static str, sqlstate: &'static str) {
+pub fn note_connect(outcome: &'static str, sqlstate: &'static str) {
     metrics::counter!("ebb_proxy_connects_total", "outcome" => outcome, "sqlstate" => sqlstate).increment(1);
 }
 
@@ -102,39 +106,43 @@ pub async fn serve(shared: Arc<Shared>, socket: TcpStream, peer: SocketAddr, con
     .await;
 }
 
-async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
-    let Login { client, mut startup, endpoint, role, peer } = login;
+async fn run(shared: &Arc<Shared>, mut login: Login, conn: u64) {
+    let peer = login.peer;
     let span = tracing::Span::current();
-    span.record("endpoint", tracing::field::display(&endpoint.name)).record("role", &role);
-    let wishes = match Wishes::take(&mut startup, shared.config.answer_pings) {
+    span.record("endpoint", tracing::field::display(&login.endpoint.name)).record("role", &login.role);
+    let wishes = match Wishes::take(&mut login.startup, shared.config.answer_pings) {
         Ok(wishes) => wishes,
         Err(said) => {
             note_connect("refused", said.sqlstate());
-            return client.goodbye(&encoded(&said)).await;
+            return login.client.goodbye(&encoded(&said)).await;
         }
     };
-    let text = |name: &str| startup.text(name).unwrap_or_default().to_owned();
+    let text = |name: &str| login.startup.text(name).unwrap_or_default().to_owned();
     let sitter = Sitter {
         conn,
-        role,
+        role: login.role.clone(),
         database: text("database"),
         application: text("application_name"),
         peer: peer.to_string(),
     };
-    let branch = shared.branch(endpoint.branch);
+    let branch = shared.branch(login.endpoint.branch);
     let seat = Seat::new(sitter);
     let (most, most_of_role) = (shared.config.sessions_per_endpoint_max, shared.config.sessions_per_role_max);
     let membership = match branch.join(&seat, most, most_of_role) {
         Ok(membership) => membership,
         Err(full) => {
-            let said = no_seat(full, shared, &endpoint, &seat.sitter.role);
+            let said = no_seat(full, shared, &login.endpoint, &seat.sitter.role);
             note_connect("refused", said.sqlstate());
-            return client.goodbye(&encoded(&said)).await;
+            return login.client.goodbye(&encoded(&said)).await;
         }
     };
-    tracing::debug!(branch = %endpoint.branch, "client logged in");
+    tracing::debug!(branch = %login.endpoint.branch, pooled = login.pooled, "client logged in");
+    if login.pooled {
+        return pool::run(shared, login, branch, seat, membership, wishes.notice).await;
+    }
+    let Login { client, startup, .. } = login;
     let session = Session {
-        key: shared.keys.issue(&seat),
+        key: shared.keys.issue(&seat, startup.version()),
         shared: shared.clone(),
         branch,
         client,
@@ -157,7 +165,7 @@ async fn run(shared: &Arc<Shared>, login: Login, conn: u64) {
 
 /// How a session ends.
 #[derive(Debug)]
-enum End {
+pub enum End {
     /// With words of the proxy's own.
     Say(Said),
     /// With words of the backend's.
@@ -168,7 +176,7 @@ enum End {
 
 impl End {
     /// How the connection of a client that never had a backend is counted.
-    fn as_connect(&self) -> (&'static str, &'static str) {
+    pub fn as_connect(&self) -> (&'static str, &'static str) {
         match self {
             End::Silent => ("left", ""),
             End::Say(said) => ("refused", said.sqlstate()),
@@ -237,15 +245,22 @@ struct Session {
 impl Session {
     async fn run(mut self) {
         let end = loop {
-            let mut backend = match self.attach().await {
+            let backend = match self.attach().await {
                 Ok(backend) => backend,
                 Err(end) => break end,
             };
-            if let Err(end) = self.attached(&mut backend).await {
+            // Until now the client's query was in nobody's hands but the proxy's.
+            if self.seat.end_wait()
+                && let Err(end) = self.call_off().await
+            {
+                break end;
+            }
+            if let Some(mut backend) = backend
+                && let Err(end) = self.attached(&mut backend).await
+            {
                 self.close_backend(&mut backend, &end).await;
                 break end;
             }
-            drop(backend);
             if let Err(end) = self.hibernated().await {
                 break end;
             }
@@ -298,33 +313,44 @@ impl Session {
 
     // Waiting.
 
-    /// Gets a backend and brings it to where the client left off, within the wake budget.
-    async fn attach(&mut self) -> Result<UnixStream, End> {
+    /// Gets a backend and brings it to where the client left off, within the wake budget; or none, if the client does not
+    /// want one any more.
+    async fn attach(&mut self) -> Result<Option<UnixStream>, End> {
         self.seat.set_doing(Doing::Waiting);
+        if self.kept.is_some() && !self.up.is_empty() && self.walstream.is_none() {
+            self.seat.begin_wait();
+        }
         let budget = self.shared.config.wake_budget;
         let deadline = Instant::now() + budget;
         let mut notice_at = Instant::now() + NOTICE_AFTER;
         let wait = Wait::begin();
         let attached = self.attach_by(deadline, &mut notice_at, &wait).await;
         wait.over(self.shared.config.slow_wake, attached.is_ok());
-        self.introduce(*attached?).await
+        match attached? {
+            Some(attached) => self.introduce(*attached).await.map(Some),
+            None => Ok(None),
+        }
     }
 
-    /// Tries until it has one, or the deadline passes.
+    /// Tries until it has one, the client wants none any more, or the deadline passes.
     async fn attach_by(
         &mut self,
         deadline: Instant,
         notice_at: &mut Instant,
         wait: &Wait,
-    ) -> Result<Box<Attached>, End> {
+    ) -> Result<Option<Box<Attached>>, End> {
         let budget = self.shared.config.wake_budget;
         let mut not_now = None;
         let mut retry_after = RETRY_AFTER;
         loop {
             self.obey()?;
+            if self.seat.is_called_off() {
+                return Ok(None);
+            }
             if self.branch.begin_work(self.conn()) {
                 match self.attach_once(deadline, notice_at, wait).await? {
-                    Tried::Attached(attached) => return Ok(attached),
+                    Tried::Attached(attached) => return Ok(Some(attached)),
+                    _ if self.seat.is_called_off() => return Ok(None),
                     Tried::Fenced | Tried::Unreachable => retry_after = RETRY_AFTER,
                     Tried::NotNow(error) => {
                         retry_after = (retry_after * 2).clamp(WAKE_AGAIN_MIN, WAKE_AGAIN_MAX);
@@ -363,6 +389,11 @@ impl Session {
                 () = seat.attention() => {
                     self.obey()?;
                     match self.branch.gate() {
+                        _ if seat.is_called_off() => {
+                            drop(trying);
+                            self.branch.stand(self.conn(), Standing::Apart);
+                            return Ok(Tried::Unreachable);
+                        }
                         Gate::Open => {}
                         // The client waits for the very compute that is to be suspended.
                         gate if gate.is_refusable() => self.branch.stand(self.conn(), Standing::Busy),
@@ -413,6 +444,32 @@ impl Session {
         Ok(Tried::Unreachable)
     }
 
+    /// Answers what the client wanted a backend for, as it was cancelled before there was one.
+    async fn call_off(&mut self) -> Result<(), End> {
+        let mut turn = CalledOff::default();
+        loop {
+            let step = turn.take(self.up.held()).map_err(|what| End::Say(Said::malformed(&what.to_string())))?;
+            self.up.release(step.taken);
+            self.up.discard_released();
+            if !step.answer.is_empty() {
+                self.send(&step.answer).await?;
+            }
+            match step.next {
+                Next::Over => return Ok(()),
+                Next::Terminated => return Err(End::Silent),
+                Next::More => {}
+            }
+            self.obey()?;
+            tokio::select! {
+                () = self.seat.attention() => {}
+                read = self.up.fill(&mut self.client) => match read {
+                    Ok(1..) => {}
+                    Ok(0) | Err(_) => return Err(End::Silent),
+                },
+            }
+        }
+    }
+
     /// Tells the client, once, that it is waiting.
     async fn notice(&mut self, at: &mut Instant) -> Result<(), End> {
         *at = Instant::now() + self.shared.config.wake_budget * 2;
@@ -432,7 +489,7 @@ impl Session {
         if let (Some(walstream), Some(history)) = (&mut self.walstream, history) {
             walstream.set_history(history);
         }
-        let target = CancelTarget { socket: awake.socket, key: backend.key };
+        let target = CancelTarget { socket: awake.socket, key: backend.key, _lease: None };
         self.generation = awake.generation;
         self.seat.set_backend(awake.generation, Some(target));
 
@@ -453,10 +510,7 @@ impl Session {
         if first {
             self.introduced = true;
             note_connect("ok", "");
-            message(&mut out, b'K', |body| {
-                body.extend_from_slice(&self.key.key.id.to_be_bytes());
-                body.extend_from_slice(&self.key.key.secret.to_be_bytes());
-            });
+            message(&mut out, b'K', |body| self.key.key.encode(body));
             message(&mut out, b'Z', |body| body.push(b'I'));
         } else {
             metrics::counter!("ebb_proxy_resumes_total", "result" => "ok").increment(1);
@@ -579,7 +633,11 @@ impl Session {
 
     /// Stands at the gate, at rest. Answers the state in hand if the backend is to be let go, nothing if work goes on.
     async fn at_gate(&mut self, backend: &mut UnixStream) -> Result<Option<Arc<Kept>>, End> {
-        let kept: Result<Arc<Kept>, String> = match self.examine(backend).await? {
+        // A cancel request that comes late is not to strike the proxy's own questions.
+        let _ = timeout(LAST_CANCEL_TIMEOUT, self.seat.shield()).await;
+        let examined = self.examine(backend).await;
+        self.seat.unshield();
+        let kept: Result<Arc<Kept>, String> = match examined? {
             Examined::Kept(kept) => {
                 self.branch.stand(self.conn(), Standing::Ready);
                 let kept: Arc<Kept> = Arc::from(kept);

@@ -12,7 +12,7 @@ const NAMES_MAX: usize = 64;
 const NAME_LEN_MAX: usize = 128;
 
 /// The names of custom settings a session has touched.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct SettingNames {
     names: BTreeSet<Box<str>>,
     /// A setting was touched whose name could not be read, or there are too many.

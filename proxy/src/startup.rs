@@ -1,11 +1,12 @@
 //! The first packet of a connection, and which endpoint it asks for: bytes in, values out.
 
+use std::fmt;
 use std::str::FromStr;
 
 use ebb_types::{EndpointName, Point};
 
 use crate::errors::Said;
-use crate::wire::{Fields, cstr, untagged};
+use crate::wire::{Fields, cstr, message, untagged};
 
 /// LIMIT: what Postgres 15 accepts (`MAX_STARTUP_PACKET_LENGTH`, pqcomm.h).
 pub const PACKET_MAX: usize = 10_000;
@@ -13,6 +14,12 @@ pub const PACKET_MAX: usize = 10_000;
 const CANCEL: u32 = 80_877_102;
 const SSL: u32 = 80_877_103;
 const GSS: u32 = 80_877_104;
+/// What the name of an endpoint ends with where transaction mode is meant.
+const POOLER_SUFFIX: &str = "-pooler";
+const APPLICATION_NAME: &str = "application_name";
+
+/// LIMIT: lengths of a cancel key's secret (PostgreSQL 18, 54.7, `BackendKeyData`).
+const CANCEL_SECRET_LEN: std::ops::RangeInclusive<usize> = 4..=256;
 
 /// A packet before authentication.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,23 +35,71 @@ pub enum Packet {
 }
 
 /// What a client needs to cancel its query: a process id and a secret, as `BackendKeyData` gave them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct CancelKey {
     /// Finds the session.
     pub id: u32,
-    /// Proves that the asker is its client.
-    pub secret: u32,
+    /// Proves that the asker is its client. 4 bytes before version 3.2 of the protocol.
+    pub secret: Box<[u8]>,
+}
+
+impl fmt::Debug for CancelKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CancelKey").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl CancelKey {
+    /// What `BackendKeyData` and `CancelRequest` have in common; `None` if the secret is too short or too long.
+    pub fn parse(mut fields: Fields<'_>) -> Option<Self> {
+        let id = fields.i32()? as u32;
+        CANCEL_SECRET_LEN.contains(&fields.0.len()).then(|| Self { id, secret: fields.0.into() })
+    }
+
+    /// Appends it as both messages have it.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.id.to_be_bytes());
+        out.extend_from_slice(&self.secret);
+    }
+
+    /// The packet that asks for cancelling.
+    pub fn request(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        untagged(&mut out, |body| {
+            body.extend_from_slice(&CANCEL.to_be_bytes());
+            self.encode(body);
+        });
+        out
+    }
+}
+
+/// The versions of the protocol that are spoken. They differ in the length of cancel keys (PostgreSQL 18, 54.2.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// Since PostgreSQL 7.4.
+    V3_0,
+    /// Since PostgreSQL 18.
+    V3_2,
+}
+
+impl Version {
+    fn code(self) -> u32 {
+        match self {
+            Version::V3_0 => 3 << 16,
+            Version::V3_2 => 3 << 16 | 2,
+        }
+    }
 }
 
 /// A start-up message.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Startup {
-    /// The minor version asked for; above 0 it is negotiated down.
-    pub minor: u16,
+    /// The minor version asked for.
+    minor: u16,
     /// All parameters but protocol options, in the order sent.
-    parameters: Vec<(String, Vec<u8>)>,
+    parameters: Vec<(Vec<u8>, Vec<u8>)>,
     /// Names of `_pq_.` protocol options, none of which is known.
-    pub unknown_options: Vec<String>,
+    unknown_options: Vec<Vec<u8>>,
 }
 
 impl Packet {
@@ -54,15 +109,14 @@ impl Packet {
     /// What to tell the client.
     pub fn parse(body: &[u8]) -> Result<Self, Said> {
         let mut fields = Fields(body);
-        let short = || Said::malformed("the startup packet is too short");
-        let code = fields.i32().ok_or_else(short)? as u32;
+        let code = fields.i32().ok_or_else(|| Said::malformed("the startup packet is too short"))? as u32;
         match code {
+            SSL | GSS if !fields.0.is_empty() => Err(Said::malformed("the encryption request is too long")),
             SSL => Ok(Packet::SslRequest),
             GSS => Ok(Packet::GssRequest),
             CANCEL => {
-                let id = fields.i32().ok_or_else(short)? as u32;
-                let secret = fields.i32().ok_or_else(short)? as u32;
-                Ok(Packet::Cancel(CancelKey { id, secret }))
+                let key = CancelKey::parse(fields);
+                key.map(Packet::Cancel).ok_or_else(|| Said::malformed("the cancel request's length is wrong"))
             }
             _ => {
                 let (major, minor) = ((code >> 16) as u16, code as u16);
@@ -82,22 +136,43 @@ impl Startup {
         loop {
             let name = fields.cstr().ok_or_else(broken)?;
             if name.is_empty() {
-                return Ok(startup);
+                let whole = fields.0.is_empty();
+                return whole.then_some(startup).ok_or_else(|| Said::malformed("the startup packet has no end"));
             }
             let value = fields.cstr().ok_or_else(broken)?;
-            let name = String::from_utf8_lossy(name).into_owned();
-            if name.starts_with("_pq_.") {
-                startup.unknown_options.push(name);
+            if name.starts_with(b"_pq_.") {
+                startup.unknown_options.push(name.to_vec());
             } else {
-                startup.parameters.push((name, value.to_vec()));
+                startup.parameters.push((name.to_vec(), value.to_vec()));
             }
         }
+    }
+
+    /// The version spoken with this client: the newest that both know. 3.1 never was; who asks for it gets 3.0.
+    pub fn version(&self) -> Version {
+        if self.minor >= 2 { Version::V3_2 } else { Version::V3_0 }
+    }
+
+    /// `NegotiateProtocolVersion`, where something was asked for that is not known (PostgreSQL 18, 54.2.1).
+    pub fn negotiation(&self) -> Option<Vec<u8>> {
+        if self.minor <= 2 && self.unknown_options.is_empty() {
+            return None;
+        }
+        let mut out = Vec::new();
+        message(&mut out, b'v', |body| {
+            body.extend_from_slice(&self.version().code().to_be_bytes());
+            body.extend_from_slice(&(self.unknown_options.len() as u32).to_be_bytes());
+            for option in &self.unknown_options {
+                cstr(body, option);
+            }
+        });
+        Some(out)
     }
 
     /// A parameter's value, if it is given and is UTF-8.
     pub fn text(&self, name: &str) -> Option<&str> {
         // As in Postgres, the last of several wins.
-        let (_, value) = self.parameters.iter().rev().find(|(key, _)| key == name)?;
+        let (_, value) = self.parameters.iter().rev().find(|(key, _)| key == name.as_bytes())?;
         std::str::from_utf8(value).ok()
     }
 
@@ -108,8 +183,27 @@ impl Startup {
 
     /// Sets a parameter, or removes it.
     pub fn set(&mut self, name: &str, value: Option<String>) {
-        self.parameters.retain(|(key, _)| key != name);
-        self.parameters.extend(value.map(|value| (name.to_owned(), value.into_bytes())));
+        self.parameters.retain(|(key, _)| key != name.as_bytes());
+        self.parameters.extend(value.map(|value| (name.as_bytes().to_vec(), value.into_bytes())));
+    }
+
+    /// Makes `application_name` what Postgres would make of it, and answers it: plain ASCII, not too long.
+    pub fn fix_application_name(&mut self) -> Vec<u8> {
+        let name = self.parameters.iter().rev().find(|(key, _)| key == APPLICATION_NAME.as_bytes());
+        let plain = |byte: &u8| if matches!(byte, b' '..=b'~') { *byte } else { b'?' };
+        let fixed: Vec<u8> = name.map(|(_, value)| value).into_iter().flatten().take(63).map(plain).collect();
+        self.parameters.retain(|(key, _)| key != APPLICATION_NAME.as_bytes());
+        if !fixed.is_empty() {
+            self.parameters.push((APPLICATION_NAME.as_bytes().to_vec(), fixed.clone()));
+        }
+        fixed
+    }
+
+    /// The packet for a backend, but for `application_name`: what sessions that can share one have in common.
+    pub fn without_application_name(&self) -> Vec<u8> {
+        let mut other = self.clone();
+        other.set(APPLICATION_NAME, None);
+        other.encode()
     }
 
     /// Whether the connection wants to replicate rather than to query.
@@ -117,11 +211,12 @@ impl Startup {
         self.text("replication").is_some_and(|value| !matches!(value, "false" | "off" | "no" | "0"))
     }
 
-    /// The packet for a backend: version 3.0 and the parameters.
+    /// The packet for a backend: version 3.0, whatever the client speaks, and the parameters. All that 3.2 would add are
+    /// longer cancel keys, which the client gets of the proxy, while those of backends stay on private sockets.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         untagged(&mut out, |body| {
-            body.extend_from_slice(&(3_u32 << 16).to_be_bytes());
+            body.extend_from_slice(&Version::V3_0.code().to_be_bytes());
             for (name, value) in &self.parameters {
                 cstr(body, name);
                 cstr(body, value);
@@ -139,18 +234,18 @@ impl Startup {
     /// # Errors
     /// If no endpoint is named, or `options` name an endpoint or a point that cannot be.
     pub fn take_place(&mut self, sni: Option<&str>, domain: &str) -> Result<Place, Said> {
-        let (from_options, point_of_options) = self.take_from_options()?;
+        let (from_options, point_of_options, pooled) = self.take_from_options()?;
         let implied = || sni.and_then(|host| endpoint_of_host(host, domain));
         let named = from_options.clone().or_else(implied);
         let (from_database, point_of_database) = self.take_from_database(named.is_some());
         let endpoint = from_options.or(from_database).or(named).ok_or_else(|| Said::no_endpoint(domain))?;
         let point = point_of_options.or(point_of_database).unwrap_or_default();
-        Ok(Place { endpoint, point })
+        Ok(Place { endpoint, point, pooled })
     }
 
-    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>), Said> {
-        let Some(options) = self.text("options") else { return Ok((None, None)) };
-        let (mut endpoint, mut point) = (None, None);
+    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>, Option<bool>), Said> {
+        let Some(options) = self.text("options") else { return Ok((None, None, None)) };
+        let (mut endpoint, mut point, mut pooled) = (None, None, None);
         let mut kept = Vec::new();
         for word in option_words(options) {
             if let Some(name) = word.strip_prefix("endpoint=") {
@@ -159,15 +254,21 @@ impl Startup {
             } else if let Some(text) = word.strip_prefix("point=") {
                 let text = unescaped(text);
                 point = Some(text.parse().map_err(|_| Said::not_a_point(&text))?);
+            } else if let Some(mode) = word.strip_prefix("pool=") {
+                pooled = Some(match mode {
+                    "transaction" => true,
+                    "session" => false,
+                    _ => return Err(Said::not_a_pool_mode(mode)),
+                });
             } else {
                 kept.push(word);
             }
         }
-        if endpoint.is_some() || point.is_some() {
+        if endpoint.is_some() || point.is_some() || pooled.is_some() {
             let rest = kept.join(" ");
             self.set("options", Some(rest).filter(|rest| !rest.is_empty()));
         }
-        Ok((endpoint, point))
+        Ok((endpoint, point, pooled))
     }
 
     /// `name@endpoint`, `name@endpoint@point`; and `name@point`, where the endpoint is named elsewhere.
@@ -206,6 +307,15 @@ pub struct Place {
     pub endpoint: EndpointName,
     /// To which moment of it; the head is the branch itself.
     pub point: Point,
+    /// Whether in transaction mode, where that is written out.
+    pub pooled: Option<bool>,
+}
+
+/// The endpoint that a pooler's name stands for: `prod--shop` for `prod--shop-pooler`.
+///
+/// The suffix belongs to the whole name, so it stands behind the project; no project may be made that is called so.
+pub fn behind_pooler(name: &EndpointName) -> Option<EndpointName> {
+    name.to_string().strip_suffix(POOLER_SUFFIX)?.parse().ok()
 }
 
 /// What may stand behind the last `@` of a database's name. A checkpoint that is called like an endpoint (`a--b`) is taken
@@ -276,7 +386,11 @@ mod tests {
     use super::*;
 
     fn startup(parameters: &[(&str, &str)]) -> Startup {
-        let mut body = (3_u32 << 16).to_be_bytes().to_vec();
+        startup_of(0, parameters)
+    }
+
+    fn startup_of(minor: u32, parameters: &[(&str, &str)]) -> Startup {
+        let mut body = (3 << 16 | minor).to_be_bytes().to_vec();
         for (name, value) in parameters {
             cstr(&mut body, name);
             cstr(&mut body, value);
@@ -292,7 +406,7 @@ mod tests {
     fn check(parameters: &[(&str, &str)], sni: Option<&str>, expect: Result<(&str, Option<&str>, Option<&str>), &str>) {
         let mut startup = startup(parameters);
         match (startup.take_place(sni, "localhost"), expect) {
-            (Ok(Place { endpoint, point }), Ok((place, database, options))) => {
+            (Ok(Place { endpoint, point, .. }), Ok((place, database, options))) => {
                 let told = if point == Point::Head { endpoint.to_string() } else { format!("{endpoint}@{point}") };
                 assert_eq!(told, place, "for {parameters:?}");
                 assert_eq!(startup.text("database"), database, "for {parameters:?}");
@@ -372,8 +486,12 @@ mod tests {
 
     #[test]
     fn packets_are_told_apart() {
-        let cancel = [CANCEL.to_be_bytes(), 7_u32.to_be_bytes(), 9_u32.to_be_bytes()].concat();
-        assert_eq!(Packet::parse(&cancel), Ok(Packet::Cancel(CancelKey { id: 7, secret: 9 })));
+        let cancel = |secret: &[u8]| [&CANCEL.to_be_bytes(), &7_u32.to_be_bytes(), secret].concat();
+        for length in [4, 32, 256] {
+            let key = CancelKey { id: 7, secret: vec![9; length].into() };
+            assert_eq!(key.request()[4..], cancel(&key.secret));
+            assert_eq!(Packet::parse(&key.request()[4..]), Ok(Packet::Cancel(key)));
+        }
         assert_eq!(Packet::parse(&SSL.to_be_bytes()), Ok(Packet::SslRequest));
         assert_eq!(Packet::parse(&GSS.to_be_bytes()), Ok(Packet::GssRequest));
         for (body, code) in [
@@ -382,17 +500,47 @@ mod tests {
             (&[0, 3, 0, 0], "08P01"),
             (b"\0\x03\0\0user\0app", "08P01"),
             (b"\0\x03\0\0user\0", "08P01"),
+            (b"\0\x03\0\0user\0app\0\0\0", "08P01"),
+            (b"\0\x03\0\0\0select", "08P01"),
             (&[0, 2, 0, 0], "0A000"),
-            (&cancel[..8], "08P01"),
+            (&[0, 4, 0, 0], "0A000"),
+            (&[&SSL.to_be_bytes()[..], b"x"].concat(), "08P01"),
+            (&[&GSS.to_be_bytes()[..], b"x"].concat(), "08P01"),
+            (&cancel(b""), "08P01"),
+            (&cancel(&[0; 3]), "08P01"),
+            (&cancel(&[0; 257]), "08P01"),
         ] {
             assert_eq!(Packet::parse(body).unwrap_err().sqlstate(), code, "for {body:?}");
         }
     }
 
     #[test]
+    fn a_version_is_agreed_on_and_only_what_is_not_known_needs_words() {
+        let told = |minor, parameters: &[(&str, &str)]| {
+            let startup = startup_of(minor, parameters);
+            (startup.version(), startup.negotiation())
+        };
+        assert_eq!(told(0, &[]), (Version::V3_0, None));
+        assert_eq!(told(1, &[]), (Version::V3_0, None));
+        assert_eq!(told(2, &[]), (Version::V3_2, None));
+        let newest = b"v\0\0\0\x0c\0\x03\0\x02\0\0\0\0".to_vec();
+        assert_eq!(told(3, &[("user", "app")]), (Version::V3_2, Some(newest.clone())));
+        assert_eq!(told(9999, &[]), (Version::V3_2, Some(newest)));
+        let options = [("_pq_.a", "1"), ("user", "app"), ("_pq_.", "")];
+        let oldest = b"v\0\0\0\x19\0\x03\0\0\0\0\0\x02_pq_.a\0_pq_.\0".to_vec();
+        assert_eq!(told(0, &options), (Version::V3_0, Some(oldest)));
+    }
+
+    #[test]
+    fn secrets_of_cancel_keys_are_not_shown() {
+        let key = CancelKey { id: 7, secret: vec![211; 32].into() };
+        assert_eq!(format!("{key:?}"), "CancelKey { id: 7, .. }");
+    }
+
+    #[test]
     fn protocol_options_are_set_aside_and_the_rest_goes_on() {
         let startup = startup(&[("user", "app"), ("_pq_.x", "1"), ("application_name", "t")]);
-        assert_eq!(startup.unknown_options, ["_pq_.x"]);
+        assert_eq!(startup.unknown_options, [b"_pq_.x"]);
         assert_eq!(startup.encode()[4..], b"\0\x03\0\0user\0app\0application_name\0t\0\0"[..]);
     }
 

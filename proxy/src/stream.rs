@@ -19,7 +19,7 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 const GOODBYE_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: one TLS record; big enough that bulk data costs few system calls, small enough for thousands of clients that
 /// are slow at once: each may hold one block per direction.
-const BLOCK_SIZE: usize = 15 * 1024;
+const BLOCK_SIZE: usize = 14 * 1024;
 /// LIMIT: blocks a thread keeps for whoever needs one next. More are wanted only by many slow peers at once.
 const SPARE_MAX: usize = 64;
 

@@ -166,7 +166,11 @@ impl ResolvesServerCert for Authority {
     }
 }
 
-/// The TLS settings of the listening side: TLS 1.2 and 1.3; client certificates where there is a verifier for them.
+/// What a client that speaks ALPN calls the protocol (PostgreSQL 18, 54.2.10).
+pub const ALPN: &[u8] = b"postgresql";
+
+/// The TLS settings of the listening side: TLS 1.2 and 1.3; client certificates where there is a verifier for them. A client
+/// that offers other protocols only is refused in the handshake.
 ///
 /// # Errors
 /// If the TLS library does not offer these versions.
@@ -174,10 +178,11 @@ pub fn server_config(
     shown: Arc<dyn ResolvesServerCert>,
     clients: Option<Arc<dyn ClientCertVerifier>>,
 ) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(clients.unwrap_or_else(|| Arc::new(NoClientAuth)))
         .with_cert_resolver(shown);
+    config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(config))
 }
 

@@ -34,6 +34,12 @@ impl UnixStream {
         Ok(Self { reading: register(socket, Interest::READABLE)?, writing: None, calm: 0 })
     }
 
+    /// Whether its peer is still there and has sent nothing. What it has sent may be lost by asking.
+    pub fn is_silent(&self) -> bool {
+        let mut socket = self.reading.get_ref();
+        matches!(socket.read(&mut [0; 1]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
     /// Writes what goes without waiting; answers how much that was.
     ///
     /// # Errors

@@ -16,6 +16,9 @@ pub const CATALOG: &str = "catalog";
 /// LIMIT: as for projects, see `state`.
 const KEYS_MAX: usize = 1024;
 
+/// What the proxy takes for the end of a pooler's name (decision 0019).
+const POOLER_SUFFIX: &str = "-pooler";
+
 /// The ledger of a project, by its name in the bucket.
 pub fn ledger_name(project: ProjectId) -> String {
     format!("projects/{project}/ledger")
@@ -114,6 +117,10 @@ impl Catalog {
         }
         if self.projects.values().any(|listed| listed.name == *name) {
             return Err(Refusal::Taken { kind: "project", name: name.to_string() });
+        }
+        if name.as_str().ends_with(POOLER_SUFFIX) {
+            let why = "names that end in -pooler are those of other projects' poolers";
+            return Err(Refusal::Invalid(format!("{name:?} cannot be the name of a project: {why}")));
         }
         Ok((vec![CatalogEvent::Reserved { project, name: name.clone(), key: key.cloned(), node: Some(node) }], project))
     }

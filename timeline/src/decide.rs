@@ -34,6 +34,8 @@ const IDLE_SUSPEND_MIN_MS: u64 = 100;
 /// LIMIT: a compute that shall stay awake for a year needs no suspension; more is a mistake in the unit.
 const IDLE_SUSPEND_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
 
+/// LIMIT: a Postgres that takes more connections than this is no branch's.
+const POOL_SIZE_MAX: u32 = 10_000;
 /// LIMIT: a window longer than this is an archive, not a way back; more is a mistake in the unit.
 const WINDOW_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
 
@@ -68,6 +70,8 @@ pub enum Ask {
         allow: Option<AllowList>,
         /// What becomes of idle sessions that cannot be given back; `None`: as it is.
         pinned: Option<Pinned>,
+        /// How many backends its clients in transaction mode share, 0 for as many as is derived; `None`: as it is.
+        pool_size: Option<u32>,
     },
     /// A branch less.
     DeleteBranch {
@@ -318,7 +322,10 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let parent = Parent { branch: branch.name.clone(), point: point.to_string() };
             Ok(Plan::CreateBranch { branch: fresh.branch, name: name.clone(), source, parent, layer, seal, replay })
         }
-        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, allow, .. } => {
+        Ask::ChangeBranch { branch, idle_suspend_ms, window_ms, upkeep, pool_size, allow, .. } => {
+            if pool_size.is_some_and(|size| size > POOL_SIZE_MAX) {
+                return Err(Refusal::Invalid(format!("pool_size must be at most {POOL_SIZE_MAX}")));
+            }
             if let Some(fault) = upkeep.fault().or_else(|| allow.as_ref()?.fault()) {
                 return Err(Refusal::Invalid(fault));
             }
@@ -614,11 +621,21 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
         }
         (
             Plan::ChangeBranch { branch },
-            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, allow, .. },
+            Ask::ChangeBranch { idle_suspend_ms, window_ms, durability, upkeep, pinned, pool_size, allow, .. },
         ) => {
             let (branch, idle_suspend_ms, window_ms) = (*branch, *idle_suspend_ms, *window_ms);
-            let (durability, upkeep, pinned, allow) = (*durability, upkeep.clone(), *pinned, allow.clone());
-            events.push(Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow });
+            let (durability, upkeep, pinned) = (*durability, upkeep.clone(), *pinned);
+            let (pool_size, allow) = (*pool_size, allow.clone());
+            events.push(Event::BranchChanged {
+                branch,
+                idle_suspend_ms,
+                window_ms,
+                durability,
+                upkeep,
+                pinned,
+                pool_size,
+                allow,
+            });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {
             events.push(Event::CheckpointDeleted { branch: *branch, name: name.clone() });

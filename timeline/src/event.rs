@@ -83,6 +83,9 @@ pub enum Event {
         /// What becomes of idle sessions that cannot be given back, if that is new.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pinned: Option<Pinned>,
+        /// How many backends its clients in transaction mode share, if that is new; 0 leaves it to be derived.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pool_size: Option<u32>,
     },
     /// What the branch's volume held is now a layer; the head is that layer.
     BranchSealed {

@@ -114,6 +114,8 @@ pub struct Branch {
     pub durability: Durability,
     /// What becomes of idle sessions that cannot be given back.
     pub pinned: Pinned,
+    /// How many backends its clients in transaction mode share, if it has its own number.
+    pub pool_size: Option<u32>,
     /// The seals within the window.
     pub history: History,
     /// What is done for it by itself.
@@ -428,6 +430,7 @@ impl ProjectState {
                     window_ms: None,
                     durability: Durability::default(),
                     pinned: Pinned::default(),
+                    pool_size: None,
                     history,
                     upkeep: Upkeep::default(),
                     allow,
@@ -435,7 +438,16 @@ impl ProjectState {
                 };
                 self.branches.insert(*branch, Arc::new(made));
             }
-            Event::BranchChanged { branch, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow } => {
+            Event::BranchChanged {
+                branch,
+                idle_suspend_ms,
+                window_ms,
+                durability,
+                upkeep,
+                pinned,
+                pool_size,
+                allow,
+            } => {
                 let branch = self.branch_mut(*branch)?;
                 branch.idle_suspend_ms = idle_suspend_ms.or(branch.idle_suspend_ms);
                 branch.window_ms = window_ms.or(branch.window_ms);
@@ -445,6 +457,9 @@ impl ProjectState {
                     branch.allow = allow.clone();
                 }
                 branch.pinned = pinned.unwrap_or(branch.pinned);
+                if let Some(size) = pool_size {
+                    branch.pool_size = Some(*size).filter(|size| *size > 0);
+                }
                 branch.forget(entry.time);
             }
             Event::BranchSealed { branch, layer, end } => {

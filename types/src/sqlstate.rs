@@ -33,6 +33,8 @@ impl SqlState {
     pub const CONFIGURATION_LIMIT_EXCEEDED: Self = Self("53400");
     /// `55006`: the branch is busy with an operation.
     pub const OBJECT_IN_USE: Self = Self("55006");
+    /// `57014`: what a client waited for was cancelled by its own wish.
+    pub const QUERY_CANCELED: Self = Self("57014");
     /// `57P01`: the proxy is shutting down, or ends a session on purpose.
     pub const ADMIN_SHUTDOWN: Self = Self("57P01");
     /// `57P03`: the compute is not yet awake.
@@ -45,7 +47,7 @@ impl SqlState {
     pub const DATA_CORRUPTED: Self = Self("XX001");
 
     /// All of them.
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Self::CONNECTION_FAILURE,
         Self::PROTOCOL_VIOLATION,
         Self::FEATURE_NOT_SUPPORTED,
@@ -58,6 +60,7 @@ impl SqlState {
         Self::TOO_MANY_CONNECTIONS,
         Self::CONFIGURATION_LIMIT_EXCEEDED,
         Self::OBJECT_IN_USE,
+        Self::QUERY_CANCELED,
         Self::ADMIN_SHUTDOWN,
         Self::CANNOT_CONNECT_NOW,
         Self::IDLE_SESSION_TIMEOUT,

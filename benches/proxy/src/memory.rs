@@ -11,7 +11,7 @@ use crate::Common;
 use crate::client::Client;
 use crate::pooler::{Pooler, Target};
 use crate::stats::{Samples, heading};
-use crate::world::{Postgres, private_memory};
+use crate::world::{Postgres, private_memory, raise_descriptor_limit};
 
 /// Sessions attached at once: a backend each.
 const ATTACHED: usize = 500;
@@ -153,16 +153,22 @@ async fn hold(common: &Common, postgres: &Postgres, pooler: &mut Pooler) -> Resu
     settle(pooler, 0).await?;
     let empty = Weight::of(pooler)?;
     let begun = Instant::now();
-    let mut held = Vec::with_capacity(common.held);
-    while held.len() < common.held {
-        let wave = ATTACHED.min(common.held - held.len());
+    // A descriptor for each, and those of a wave's backends.
+    let allowed = usize::try_from(raise_descriptor_limit())?.saturating_sub(2 * ATTACHED);
+    let count = common.held.min(allowed);
+    if count < common.held {
+        println!("  a process may not have descriptors for {} clients here: {count} are held", common.held);
+    }
+    let mut held = Vec::with_capacity(count);
+    while held.len() < count {
+        let wave = ATTACHED.min(count - held.len());
         held.extend(connect(&target, postgres, wave, held.len()).await?);
         let suspended = pooler.tell("suspend")?;
         ensure!(suspended == "ok", "{suspended}");
     }
     Weight::of(pooler)?.report(empty, "held, hibernated", held.len(), "8");
     println!("  all of them came within {:.0} s", begun.elapsed().as_secs_f64());
-    ensure!(pooler.stats()?.sessions == common.held, "some sessions ended");
+    ensure!(pooler.stats()?.sessions == count, "some sessions ended");
     // Each of some, from the first to the last, is as good as on its first day.
     let mut answered = Samples::default();
     let step = (held.len() / 300).max(1);

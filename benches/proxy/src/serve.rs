@@ -57,7 +57,7 @@ const BRANCH: BranchId = BranchId::for_test(1);
 #[async_trait]
 impl Endpoints for AlwaysAwake {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
-        Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned() })
+        Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned(), pool_size: None })
     }
 
     async fn allowed(&self, _: BranchId) -> Result<AllowList, EndpointError> {
@@ -74,6 +74,10 @@ impl Endpoints for AlwaysAwake {
 
     async fn visit(&self, branch: BranchId, _: &Point) -> Result<BranchId, EndpointError> {
         Ok(branch)
+    }
+
+    fn may_answer(&self) -> bool {
+        true
     }
 
     async fn wake(&self, _: BranchId) -> Result<Awake, EndpointError> {

@@ -139,12 +139,13 @@ pub fn private_memory(pid: u32) -> Result<f64> {
     Ok(kib * 1024.0)
 }
 
-/// Allows this process, and those it starts, enough descriptors, as far as it may.
-pub fn raise_descriptor_limit() {
+/// Allows this process, and those it starts, enough descriptors, as far as it may; answers how many it has then.
+pub fn raise_descriptor_limit() -> u64 {
     let all = |count| Rlimit { current: Some(count), maximum: Some(count) };
     if setrlimit(Resource::Nofile, all(DESCRIPTORS)).is_err() {
         let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(DESCRIPTORS);
         // Less is enough for smaller numbers of clients; what is too many shows.
         let _ = setrlimit(Resource::Nofile, all(allowed));
     }
+    getrlimit(Resource::Nofile).current.unwrap_or(DESCRIPTORS)
 }

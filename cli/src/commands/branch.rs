@@ -41,14 +41,22 @@ pub fn run(to: &Session, command: BranchCommand) -> Result<(), Failure> {
             drill_every,
             probes,
             no_probes,
+            pool_size,
         } => {
             let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
             let (idle_suspend_seconds, window_seconds) = (seconds(idle_suspend), seconds(window));
             let probes = (no_probes || !probes.is_empty()).then_some(probes);
             let upkeep = ChangeUpkeep { checkpoints, drill_every_seconds: seconds(drill_every), probes };
             let upkeep = Some(upkeep).filter(|upkeep| *upkeep != ChangeUpkeep::default());
-            let allow = None;
-            let body = ChangeBranch { idle_suspend_seconds, window_seconds, durability, upkeep, pinned, allow };
+            let body = ChangeBranch {
+                idle_suspend_seconds,
+                window_seconds,
+                durability,
+                pool_size,
+                upkeep,
+                pinned,
+                allow: None,
+            };
             to.show(&to.client.patch(&branch_path(&branch), &body)?, branch_facts)
         }
         BranchCommand::Allow { branch, networks, any: _ } => {
@@ -104,6 +112,7 @@ fn branch_facts(branch: Branch) -> String {
         ("pinned sessions", pinned(branch.pinned).to_owned()),
         ("commits wait for", durability(branch.durability).to_owned()),
         ("can go back to", seconds(branch.window_from)),
+        ("pool", branch.pool_size.map(|size| format!("{size} backends")).unwrap_or_default()),
         ("checkpoints", schedule(&branch)),
         ("drilled every", branch.upkeep.drill_every_seconds.map(|every| age(every as u64)).unwrap_or_default()),
         ("drills ask", probes(&branch)),

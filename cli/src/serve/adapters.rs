@@ -50,7 +50,12 @@ impl ServiceEndpoints {
 impl Endpoints for ServiceEndpoints {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         let found = self.service()?.find(name).await.map_err(reported)?;
-        Ok(Endpoint { branch: found.branch, name: name.clone(), default_database: found.default_database })
+        Ok(Endpoint {
+            branch: found.branch,
+            name: name.clone(),
+            default_database: found.default_database,
+            pool_size: found.pool_size.map(|size| size as usize),
+        })
     }
 
     async fn allowed(&self, branch: BranchId) -> Result<AllowList, EndpointError> {

@@ -17,7 +17,7 @@ use crate::args::{ServeArgs, parse_duration};
 use crate::failure::Failure;
 
 /// The keys a settings file may have, each named as its option.
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "data",
     "bucket",
     "s3-endpoint",
@@ -33,6 +33,7 @@ const KEYS: [&str; 21] = [
     "idle-suspend",
     "wake-budget",
     "answer-pings",
+    "pool-size",
     "slow-wake",
     "min-free-bytes",
     "hydrate",
@@ -98,6 +99,10 @@ pub struct Settings {
     /// Whether what an awake branch lacks on this node is fetched in the background. Default yes: the node gets independent
     /// of the bucket. Without it, only what is read is fetched.
     pub hydrate: bool,
+    /// Backends of a branch that its clients in transaction mode share, where it does not say otherwise. Default: a quarter
+    /// of the connections that its Postgres takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u64>,
     /// Bytes that layers may take on the disk of `data`; above, those used longest ago are given up, unless they are in use
     /// or nowhere else. Default: half of the file system.
     pub cache_limit: Option<u64>,
@@ -152,6 +157,7 @@ impl Settings {
         let min_free_bytes = sources.number("min-free-bytes", args.min_free_bytes);
         let hydrate = sources.flag("hydrate", args.hydrate, true);
         let cache_limit = sources.number("cache-limit", args.cache_limit);
+        let pool_size = sources.number("pool-size", args.pool_size);
         let CollectPolicy { grace, interval } = CollectPolicy::default();
         let collect_grace = sources.time("collect-grace", args.collect_grace.clone(), grace);
         let collect_interval = sources.time("collect-interval", args.collect_interval.clone(), interval);
@@ -169,6 +175,9 @@ impl Settings {
         }
         if collect_interval < COLLECT_INTERVAL_MIN {
             faults.push("collect-interval: at least 1s is wanted".to_owned());
+        }
+        if pool_size == Some(0) {
+            faults.push("pool-size: at least 1 is wanted".to_owned());
         }
         if node_ttl < NODE_TTL_MIN {
             faults.push("node-ttl: at least 500ms is wanted".to_owned());
@@ -205,6 +214,7 @@ impl Settings {
             slow_wake,
             min_free_bytes: min_free_bytes.unwrap_or(MIN_FREE_BYTES),
             hydrate,
+            pool_size,
             cache_limit,
             collect_grace,
             collect_interval,
@@ -290,7 +300,7 @@ impl Sources<'_> {
             (None, Some(value)) => {
                 let number = value.as_integer().and_then(|n| u64::try_from(n).ok());
                 if number.is_none() {
-                    self.faults.push(format!("{key}: want a whole number of bytes, not {value}"));
+                    self.faults.push(format!("{key}: want a whole number, not {value}"));
                 }
                 number
             }
@@ -365,7 +375,7 @@ mod tests {
         s3-path-style: want true or false, not 1
         listen: "here" is not an address with a port, like 127.0.0.1:6432
         idle-suspend: want a text in quotes, not 5
-        min-free-bytes: want a whole number of bytes, not -1
+        min-free-bytes: want a whole number, not -1
         the scheme "gs" of the bucket's URL is not known (want s3:// or file://)
         api-listen 0.0.0.0:7432 is reachable from other machines, and the API asks nobody who they are: use a loopback address, and a tunnel from elsewhere
         "#);

@@ -271,6 +271,7 @@ fn bind_proxy(
     settings.access.apply(&mut config);
     config.wake_budget = settings.wake_budget;
     config.answer_pings = settings.answer_pings;
+    config.pool_size = settings.pool_size.map(|size| usize::try_from(size).unwrap_or(usize::MAX));
     config.slow_wake = settings.slow_wake;
     let proxy = match inherited.filter(|socket| fits(settings.listen, socket)) {
         Some(socket) => Proxy::over(socket, config, endpoints),

@@ -106,6 +106,26 @@ fn a_failed_copy_leaves_doubt_until_the_stream_itself_clears_it() {
     check(">BES <2GE >cS <i >PBES <i", false);
     check(">BES <2GE >cS <i >PBES <i12Ci", true);
     check(">BES <2GE <i >cS <i", true);
+    // Of three, the second and third came behind the failure.
+    check(">BESdSS <2GE", false);
+    check(">BESdSS <2GE i", false);
+    check(">BESdSS <2GE i i", false);
+    check(">BESdSS <2GE i i >Q <Ci", true);
+}
+
+#[test]
+fn what_has_no_place_in_a_copy_is_not_followed_any_further() {
+    // The server fails at the message, and what else was sent is read as if there had been no copy.
+    check(">Q <G >PBES <E i", false);
+    check(">Q <G >PBES <E i 12Ci", false);
+    // Sent before the client could know of the copy.
+    check(">Q PBES <G E i", false);
+    check(">Q PBES <G E i 2Ci", false);
+    check(">Q PB <G E i >ES <2Ci", false);
+    check(">BES PBES <2G", false);
+    // Behind its end all has its place.
+    check(">Q <G >dc PBES <Ci 12Ci", true);
+    check(">Q dc PBES <G Ci 12Ci", true);
 }
 
 #[test]
@@ -146,19 +166,28 @@ fn the_unnamed_statement_is_remembered_while_it_lives() {
         body.extend_from_slice(&[0, 0]);
         body
     };
-    let mut conversation = Conversation::new();
-    let mut send = |tag, body: &[u8]| {
-        conversation.client_sent(&encode(tag, body), false).unwrap();
-        conversation.unnamed_statement().map(|kept| kept.map(<[u8]>::to_vec))
-    };
-    let short = parse("", "select 1");
-    assert_eq!(send(b'P', &short), Ok(Some(short.clone())));
-    assert_eq!(send(b'P', &parse("named", "select 2")), Ok(Some(short.clone())));
-    assert_eq!(send(b'C', b"S\0"), Ok(None));
-    assert_eq!(send(b'P', &short), Ok(Some(short)));
-    assert_eq!(send(b'Q', b"select 1\0"), Ok(None));
-    assert_eq!(send(b'P', &parse("", &"x".repeat(TEXT_MAX))), Err(TooLong));
-    assert_eq!(send(b'B', b"\0\0\0\0\0\0\0\0"), Ok(None));
+    // Whole, and byte by byte.
+    for size in [usize::MAX, 1] {
+        let mut conversation = Conversation::new();
+        let mut send = |tag, body: &[u8]| {
+            for chunk in encode(tag, body).chunks(size) {
+                conversation.client_sent(chunk, false).unwrap();
+            }
+            conversation.unnamed_statement().map(|kept| kept.map(<[u8]>::to_vec))
+        };
+        let short = parse("", "select 1");
+        assert_eq!(send(b'P', &short), Ok(Some(short.clone())));
+        assert_eq!(send(b'P', &parse("named", "select 2")), Ok(Some(short.clone())));
+        assert_eq!(send(b'C', b"S\0"), Ok(None));
+        assert_eq!(send(b'P', &short), Ok(Some(short)));
+        assert_eq!(send(b'Q', b"select 1\0"), Ok(None));
+        assert_eq!(send(b'P', &parse("", &"x".repeat(TEXT_MAX))), Err(TooLong));
+        assert_eq!(send(b'B', b"named\0\0\0\0\0\0\0\0"), Err(TooLong));
+        assert_eq!(send(b'C', b"S"), Err(TooLong));
+        assert_eq!(send(b'C', b"Sx\0"), Err(TooLong));
+        assert_eq!(send(b'C', b"P\0"), Err(TooLong));
+        assert_eq!(send(b'B', b"\0\0\0\0\0\0\0\0"), Ok(None));
+    }
 }
 
 #[test]

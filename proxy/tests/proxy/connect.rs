@@ -7,8 +7,6 @@ use ebb_proxy::EndpointError;
 use ebb_types::SqlState;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -16,7 +14,6 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::harness::{BRANCH, ENDPOINT, Ebb, OnWake, PASSWORD, VISIT, code, connect, until, value};
 use crate::raw;
 
-const SSL_REQUEST: u32 = 80_877_103;
 const GSS_REQUEST: u32 = 80_877_104;
 
 pub fn tls(ebb: &Ebb) -> MakeRustlsConnect {
@@ -242,17 +239,6 @@ async fn odd_first_packets_are_answered_or_cut_but_wake_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn newer_minor_versions_are_negotiated_down() {
-    let ebb = Ebb::asleep().await;
-    let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
-    let body = b"user\0app\0options\0endpoint=prod--shop\0_pq_.later\0on\0\0";
-    socket.write_all(&raw::packet((3 << 16) + 2, body)).await.unwrap();
-    let mut answer = [0; 24];
-    socket.read_exact(&mut answer).await.unwrap();
-    assert_eq!(&answer, b"v\0\0\0\x17\0\x03\0\0\0\0\0\x01_pq_.later\0");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn cancel_requests_reach_the_backend_of_the_moment_plain_and_encrypted() {
     let ebb = Ebb::asleep().await;
     let client = ebb.connect().await;
@@ -280,19 +266,6 @@ async fn cancel_requests_reach_the_backend_of_the_moment_plain_and_encrypted() {
     }
     // A wrong secret cancels nobody, and is told nothing.
     assert_eq!(raw::send(ebb.addr, &raw::packet(80_877_102, &[0, 0, 0, 1, 0, 0, 0, 2])).await, b"");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn asking_twice_for_encryption_is_refused() {
-    let ebb = Ebb::asleep().await;
-    let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
-    socket.write_all(&raw::packet(SSL_REQUEST, b"")).await.unwrap();
-    assert_eq!(socket.read_u8().await.unwrap(), b'S');
-    // Clear text where a handshake should be: the connection ends without a word.
-    socket.write_all(&raw::packet(SSL_REQUEST, b"")).await.unwrap();
-    let mut rest = Vec::new();
-    let _ = socket.read_to_end(&mut rest).await;
-    assert!(!rest.starts_with(b"S"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -53,7 +53,7 @@ pub struct World {
     generation: AtomicU64,
     /// Calls of `wake`, and how many of them overlapped another.
     pub wakes: AtomicUsize,
-    waking: AtomicUsize,
+    pub waking: AtomicUsize,
     pub overlaps: AtomicUsize,
     /// Calls of `visit`.
     pub visits: AtomicUsize,
@@ -82,7 +82,8 @@ impl World {
         }
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Where Postgres listens, beside the proxy.
+    pub fn socket(&self) -> PathBuf {
         self.dir.path().join(".s.PGSQL.5432")
     }
 
@@ -154,7 +155,12 @@ impl Drop for World {
 impl Endpoints for World {
     async fn find(&self, name: &EndpointName) -> Result<Endpoint, EndpointError> {
         if name.to_string() == ENDPOINT {
-            return Ok(Endpoint { branch: BRANCH, name: name.clone(), default_database: "app".to_owned() });
+            return Ok(Endpoint {
+                branch: BRANCH,
+                name: name.clone(),
+                default_database: "app".to_owned(),
+                pool_size: None,
+            });
         }
         Err(EndpointError {
             sqlstate: SqlState::INVALID_CATALOG_NAME,
@@ -190,6 +196,10 @@ impl Endpoints for World {
                 hint: Some("Did you mean v1?".to_owned()),
             }),
         }
+    }
+
+    fn may_answer(&self) -> bool {
+        true
     }
 
     async fn wake(&self, branch: BranchId) -> Result<Awake, EndpointError> {
@@ -280,6 +290,17 @@ impl Ebb {
             .dbname("app")
             .options(format!("endpoint={ENDPOINT}"));
         config
+    }
+
+    /// A configuration that leads to it in transaction mode.
+    pub fn pooled(&self) -> Config {
+        let mut config = self.config();
+        config.options(format!("endpoint={ENDPOINT}-pooler"));
+        config
+    }
+
+    pub async fn connect_pooled(&self) -> Client {
+        connect(&self.pooled()).await.unwrap()
     }
 
     pub async fn connect(&self) -> Client {

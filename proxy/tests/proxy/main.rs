@@ -3,14 +3,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod cancel;
 mod connect;
 mod crowd;
+mod dialogue;
 mod door;
 mod fence;
 mod harness;
 mod hibernate;
+mod large;
 mod pings;
+mod pool;
+mod pool_drivers;
+mod pool_names;
+mod protocol;
 mod raw;
 mod relay;
 mod replication;
 mod survive;
+mod walsenders;
+mod wire;

@@ -51,6 +51,11 @@ impl Session {
         Self::begin(ebb, &format!("options\0endpoint={ENDPOINT}\0{parameters}")).await
     }
 
+    /// The same at a name of one's own.
+    pub async fn open_at(ebb: &Ebb, endpoint: &str) -> Self {
+        Self::open_with(ebb, &format!("endpoint={endpoint}")).await
+    }
+
     async fn begin(ebb: &Ebb, parameters: &str) -> Self {
         let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
         let body = format!("user\0app\0database\0app\0{parameters}\0");
@@ -123,6 +128,11 @@ impl Session {
                 return all;
             }
         }
+    }
+
+    /// The connection, between two messages.
+    pub fn into_stream(self) -> TcpStream {
+        self.socket
     }
 
     /// All that comes until the proxy closes.

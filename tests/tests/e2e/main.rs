@@ -17,6 +17,7 @@ mod node_loss;
 mod nodes;
 mod outage;
 mod points;
+mod pooling;
 mod postgres_life;
 mod quick_start;
 mod releases;

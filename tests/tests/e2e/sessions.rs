@@ -68,7 +68,7 @@ const KINDS: [Kind; 18] = [
         ("select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()", "1"),
     ),
     Kind::pinned("LISTEN", &["listen news"], ("select pg_listening_channels()", "news")),
-    Kind::pinned("holdable cursor", &["declare c cursor with hold for select 5"], ("fetch absolute 1 c", "5")),
+    Kind::pinned("holdable cursor", &["declare c scroll cursor with hold for select 5"], ("fetch absolute 1 c", "5")),
     Kind::pinned(
         "statement made with others",
         &["set statement_timeout = 0; prepare p as select 6"],

@@ -160,6 +160,9 @@ pub struct Branch {
     /// they `keep` it awake, or `end`.
     #[serde(default)]
     pub pinned: Pinned,
+    /// How many backends its clients in transaction mode share; absent: a share of the connections that Postgres takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u32>,
     /// What is done for it by itself.
     #[serde(default)]
     pub upkeep: Upkeep,
@@ -216,6 +219,9 @@ pub struct ChangeBranch {
     /// What becomes of idle sessions that hold what cannot be given back: they `keep` it awake, or `end`; absent: as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<Pinned>,
+    /// How many backends its clients in transaction mode share, 0 for a share of what Postgres takes; absent: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_size: Option<u32>,
     /// What is done for it by itself; absent: as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upkeep: Option<ChangeUpkeep>,

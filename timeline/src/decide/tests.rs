@@ -204,6 +204,7 @@ fn allow(branch: &str, networks: &[&str]) -> Ask {
         durability: None,
         upkeep: UpkeepChange::default(),
         pinned: None,
+        pool_size: None,
         allow: Some(networks.into()),
     }
 }
@@ -239,6 +240,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             upkeep: UpkeepChange::default(),
             allow: None,
             pinned: None,
+            pool_size: None,
         }),
         (branch_name(), 0..3usize)
             .prop_map(|(branch, networks)| allow(&branch, &["192.0.2.0/24", "::1/128"][..networks.min(2)])),
@@ -250,6 +252,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             upkeep: UpkeepChange::default(),
             allow: None,
             pinned: None,
+            pool_size: None,
         }),
     ]
 }

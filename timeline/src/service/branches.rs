@@ -98,9 +98,17 @@ impl Service {
             self.upload_base(&project, project.ledger.state().branch(branch)?.0).await?;
         }
         let upkeep = request.upkeep.map(api::ChangeUpkeep::into_change).transpose()?.unwrap_or_default();
-        let (pinned, allow) = (request.pinned, request.allow);
-        let name = branch.to_owned();
-        let ask = Ask::ChangeBranch { branch: name, idle_suspend_ms, window_ms, durability, upkeep, pinned, allow };
+        let (branch_name, pinned, pool_size) = (branch.to_owned(), request.pinned, request.pool_size);
+        let ask = Ask::ChangeBranch {
+            branch: branch_name,
+            idle_suspend_ms,
+            window_ms,
+            durability,
+            upkeep,
+            pinned,
+            pool_size,
+            allow: request.allow,
+        };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
         let (id, _) = state.branch(branch)?;

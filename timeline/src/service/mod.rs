@@ -47,7 +47,6 @@ use ebb_compute::postgres::{DATABASE, OWNER};
 use ebb_storage::object_store::Bucket;
 use ebb_types::{
     AllowList, BranchId, Clock, EndpointName, LayerId, NodeId, OperationId, ProjectId, ProjectName, SystemClock,
-    Timestamp,
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
@@ -114,6 +113,8 @@ pub struct FoundEndpoint {
     pub branch: BranchId,
     /// The database meant where a client names none.
     pub default_database: String,
+    /// How many backends its clients in transaction mode share, if it has its own number.
+    pub pool_size: Option<u32>,
 }
 
 /// Who asks for an act.
@@ -324,8 +325,9 @@ impl Service {
     fn find_known(&self, endpoint: &EndpointName) -> Result<FoundEndpoint> {
         let at = endpoint.branch_ref();
         let project = self.project(at.project.as_str())?;
-        let (branch, _) = project.ledger.state().branch(at.branch.as_str()).map(|(id, found)| (id, found.line))?;
-        Ok(FoundEndpoint { branch, default_database: DATABASE.to_owned() })
+        let state = project.ledger.state();
+        let (branch, known) = state.branch(at.branch.as_str())?;
+        Ok(FoundEndpoint { branch, default_database: DATABASE.to_owned(), pool_size: known.pool_size })
     }
 
     /// From where clients may connect to a branch. Where another node owns it, no older than [`Service::place`] makes it.

@@ -56,6 +56,7 @@ impl Service {
             window_seconds: branch.window().as_secs_f64(),
             durability: branch.durability,
             pinned: branch.pinned,
+            pool_size: branch.pool_size,
             upkeep: api::Upkeep::from(&branch.upkeep),
             allow: branch.allow.clone(),
             window_from: branch.window_start(self.clock.now()),
