@@ -204,6 +204,7 @@ fn allow(branch: &str, networks: &[&str]) -> Ask {
         durability: None,
         upkeep: UpkeepChange::default(),
         pinned: None,
+        pool_size: None,
         allow: Some(networks.into()),
     }
 }
