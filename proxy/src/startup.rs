@@ -237,7 +237,7 @@ impl Startup {
     /// # Errors
     /// If no endpoint is named, or `options` name an endpoint or a point that cannot be.
     pub fn take_place(&mut self, sni: Option<&str>, domain: &str) -> Result<Place, Said> {
-        let (from_options, point_of_options, pooled) = self.take_from_options()?;
+        let Named { endpoint: from_options, point: point_of_options, pooled } = self.take_from_options()?;
         let implied = || sni.and_then(|host| endpoint_of_host(host, domain));
         let named = from_options.clone().or_else(implied);
         let (from_database, point_of_database) = self.take_from_database(named.is_some());
@@ -246,9 +246,9 @@ impl Startup {
         Ok(Place { endpoint, point, pooled })
     }
 
-    fn take_from_options(&mut self) -> Result<(Option<EndpointName>, Option<Point>, Option<bool>), Said> {
-        let Some(options) = self.text("options") else { return Ok((None, None, None)) };
-        let (mut endpoint, mut point, mut pooled) = (None, None, None);
+    fn take_from_options(&mut self) -> Result<Named, Said> {
+        let Some(options) = self.text("options") else { return Ok(Named::default()) };
+        let Named { mut endpoint, mut point, mut pooled } = Named::default();
         let mut kept = Vec::new();
         for word in option_words(options) {
             if let Some(name) = word.strip_prefix("endpoint=") {
@@ -271,7 +271,7 @@ impl Startup {
             let rest = kept.join(" ");
             self.set("options", Some(rest).filter(|rest| !rest.is_empty()));
         }
-        Ok((endpoint, point, pooled))
+        Ok(Named { endpoint, point, pooled })
     }
 
     /// `name@endpoint`, `name@endpoint@point`; and `name@point`, where the endpoint is named elsewhere.
@@ -319,6 +319,14 @@ pub struct Place {
 /// The suffix belongs to the whole name, so it stands behind the project; no project may be made that is called so.
 pub fn behind_pooler(name: &EndpointName) -> Option<EndpointName> {
     name.to_string().strip_suffix(POOLER_SUFFIX)?.parse().ok()
+}
+
+/// What `options` name.
+#[derive(Default)]
+struct Named {
+    endpoint: Option<EndpointName>,
+    point: Option<Point>,
+    pooled: Option<bool>,
 }
 
 /// What may stand behind the last `@` of a database's name. A checkpoint that is called like an endpoint (`a--b`) is taken

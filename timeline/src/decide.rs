@@ -635,7 +635,6 @@ fn begin(state: &ProjectState, ask: &Ask, plan: Plan, key: Option<Key>) -> Resul
                 pinned,
                 allow,
                 pool_size,
-                allow,
             });
         }
         (Plan::DeleteCheckpoint { branch, name, .. }, _) => {

@@ -89,6 +89,7 @@ struct Inner {
     taken: usize,
     pinned: usize,
     /// The one used last is last.
+    #[expect(clippy::vec_box, reason = "sessions hold them in boxes, and they are large to move")]
     idle: Vec<Box<Pooled>>,
     queue: VecDeque<Asker>,
     keys: HashMap<Box<[u8]>, Weak<Key>>,
@@ -294,6 +295,7 @@ impl Pool {
     }
 
     /// Follows a change of size; the answer is to be dropped outside the lock.
+    #[expect(clippy::vec_box, reason = "as they lie in the pool")]
     fn fit(self: &Arc<Self>, inner: &mut Inner) -> Vec<Box<Pooled>> {
         while inner.taken < inner.size() && self.grant_slot(inner) {
             inner.taken += 1;
@@ -458,10 +460,11 @@ impl Inner {
     /// Who gets a backend of that key.
     fn next_asker(&mut self, key: &Arc<Key>) -> Option<Asker> {
         let first = self.queue.front()?;
-        if !Arc::ptr_eq(&first.key, key) && first.since.elapsed() < PASSED_OVER_MAX {
-            if let Some(at) = self.queue.iter().position(|asker| Arc::ptr_eq(&asker.key, key)) {
-                return self.queue.remove(at);
-            }
+        if !Arc::ptr_eq(&first.key, key)
+            && first.since.elapsed() < PASSED_OVER_MAX
+            && let Some(at) = self.queue.iter().position(|asker| Arc::ptr_eq(&asker.key, key))
+        {
+            return self.queue.remove(at);
         }
         self.queue.pop_front()
     }

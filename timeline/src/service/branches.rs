@@ -109,7 +109,6 @@ impl Service {
             pinned,
             allow,
             pool_size,
-            allow: request.allow,
         };
         self.act(&project, caller, ask).await?;
         let state = project.ledger.state();
