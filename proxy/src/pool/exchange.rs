@@ -136,6 +136,8 @@ pub struct Exchange {
     down_drops: bool,
     /// The unnamed statement on the backend is the one that the client believes it to be.
     unnamed_is_ours: bool,
+    /// Names under which the backend was given statements of no meaning, so that it says itself that they are taken.
+    leftovers: Vec<Box<[u8]>>,
     /// Names given up by `DEALLOCATE`, until it is done.
     deallocating: VecDeque<Box<[u8]>>,
     /// Answers to the proxy's own queries that were sent before the client's first message: so many `ReadyForQuery`.
@@ -262,6 +264,12 @@ impl Exchange {
         message: &Message<'_>,
         out: &mut Vec<u8>,
     ) -> Result<bool, Refused> {
+        // Behind the error, up to the sync point, they could not be closed.
+        if !self.leftovers.is_empty() && client.conversation.is_turn_over() {
+            for name in std::mem::take(&mut self.leftovers) {
+                self.own_close(None, &name, out);
+            }
+        }
         match message.tag {
             b'P' => return self.parse(client, held, message, out),
             b'B' => return self.bind(client, held, message, out),
@@ -364,6 +372,10 @@ impl Exchange {
             self.evict(held, out);
             held.insert(prepared.clone());
         }
+        if !here {
+            // A `DEALLOCATE` that failed has left it there.
+            self.own_close(None, SCRATCH, out);
+        }
         let naming = Naming { name: name.into(), prepared: prepared.clone(), here };
         self.owe(Owed::Parsed(Box::new(naming)));
         if here {
@@ -385,6 +397,7 @@ impl Exchange {
         let mut fields = Fields(message.body);
         let _ = fields.cstr();
         parse_message(out, &taken, fields.0);
+        self.leftovers.push(taken);
         self.spoilt = true;
     }
 
@@ -627,12 +640,8 @@ impl Exchange {
         match tag {
             b'1' | b'3' => return self.completed(tag),
             b'Z' => {
-                while let Some(owed) = self.next_owed() {
-                    if matches!(owed, Owed::Ready) {
-                        break;
-                    }
-                    undo(owed, names, conversation, held);
-                }
+                self.skip(names, conversation, held);
+                let _ = self.next_owed();
                 if self.owed.is_empty() {
                     self.deallocating.clear();
                     self.drops = false;
@@ -640,12 +649,7 @@ impl Exchange {
             }
             b'E' => {
                 self.deallocating.clear();
-                let skipped = self.owed.iter().position(|owed| matches!(owed, Owed::Ready)).unwrap_or(self.owed.len());
-                self.decisions -= self.owed.range(..skipped).filter(|owed| owed.decides()).count();
-                // The last first: what came later may stand on what came before.
-                for owed in self.owed.drain(..skipped).rev() {
-                    undo(owed, names, conversation, held);
-                }
+                self.skip(names, conversation, held);
             }
             b'S' => self.parameters_changed = true,
             b'C' => self.command(names, held, body.strip_suffix(b"\0").unwrap_or(body)),
@@ -696,9 +700,18 @@ impl Exchange {
 
     /// All that was sent up to the last sync point has been answered: what is still owed for it will not come.
     fn resync(&mut self, names: &mut Names, conversation: &mut Conversation, held: &mut Held) {
-        while self.batches > 0
-            && let Some(owed) = self.next_owed()
-        {
+        while self.batches > 0 {
+            self.skip(names, conversation, held);
+            let _ = self.next_owed();
+        }
+    }
+
+    /// The server skips what it still owes before the next `ReadyForQuery`: that is taken back, the last first, because what
+    /// came later may stand on what came before.
+    fn skip(&mut self, names: &mut Names, conversation: &mut Conversation, held: &mut Held) {
+        let skipped = self.owed.iter().position(|owed| matches!(owed, Owed::Ready)).unwrap_or(self.owed.len());
+        self.decisions -= self.owed.range(..skipped).filter(|owed| owed.decides()).count();
+        for owed in self.owed.drain(..skipped).rev() {
             undo(owed, names, conversation, held);
         }
     }

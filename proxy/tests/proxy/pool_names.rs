@@ -40,12 +40,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<S> {
                 let mut body = vec![0; self.stream.read_u32().await.unwrap() as usize - 4];
                 self.stream.read_exact(&mut body).await.unwrap();
                 left -= usize::from(tag == b'Z');
-                answers.push(format!("{} {}", tag as char, String::from_utf8_lossy(&body)));
+                answers.push(format!("{} {}", tag as char, without_place(tag, &body)));
             }
             answers
         };
         tokio::time::timeout(PATIENCE, talking).await.expect("an answer comes")
     }
+}
+
+/// Which message of its own batch Postgres was at when it refused shows in the place in its source that an error names (a
+/// statement that has to be prepared first is refused there). Code and text are the same.
+fn without_place(tag: u8, body: &[u8]) -> String {
+    let fields = String::from_utf8_lossy(body).into_owned();
+    if tag != b'E' {
+        return fields;
+    }
+    fields.split('\0').filter(|field| !field.starts_with(['F', 'L', 'R'])).collect::<Vec<_>>().join("\0")
 }
 
 async fn directly(ebb: &Ebb) -> Talk<UnixStream> {
