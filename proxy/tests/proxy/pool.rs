@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ebb_proxy::{SessionState, Unreplayable};
 use futures::future::{join_all, try_join_all};
-use tokio_postgres::{AsyncMessage, Client, NoTls};
+use tokio_postgres::{AsyncMessage, NoTls};
 
 use crate::harness::{BRANCH, ENDPOINT, Ebb, PATIENCE, code, connect, until, value};
 
