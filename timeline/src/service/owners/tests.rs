@@ -128,6 +128,7 @@ async fn whose_wal_may_be_archived_is_told_by_entries_and_not_by_clocks() {
     write(&rig, &old, prod, "kept").await;
     assert!(rig.node.0.lock().begun_here, "nobody else can have been awake on a project that was made just now");
     checkpoint(&old, "c").await.unwrap();
+    old.upload_pending().await.unwrap();
     rig.kill(old).await;
 
     // In 1970, everything in the ledger is younger than this service.
