@@ -28,6 +28,7 @@ use std::sync::Arc;
 use super::names::{Held, Names, Prepared, RESERVED, SCRATCH, Texts};
 use super::words::{Words, deallocated};
 use crate::conversation::{Conversation, Malformed};
+use crate::errors::Said;
 use crate::wire::{Fields, cstr, message};
 
 /// LIMIT: texts longer than this are not looked through; what is longer carries data.
@@ -53,6 +54,15 @@ pub enum Refused {
 impl From<Malformed> for Refused {
     fn from(malformed: Malformed) -> Self {
         Refused::Malformed(malformed)
+    }
+}
+
+impl From<Refused> for Said {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Malformed(what) => Said::malformed(&what.to_string()),
+            Refused::Statement(what) => Said::not_pooled(what),
+        }
     }
 }
 
