@@ -24,6 +24,7 @@ use super::reset::reset;
 use super::{Key, Pin, Pool, Pooled};
 use crate::backend::encoded;
 use crate::branch::{Branch, Doing, Gate, Membership, Order, Seat, Standing};
+use crate::calloff::CalledOff;
 use crate::errors::Said;
 use crate::haste::Haste;
 use crate::hibernate::{Examined, Kept};
@@ -109,7 +110,15 @@ impl Session {
                 return Err(End::Silent);
             }
             self.idle().await?;
-            let mut backend = self.check_out().await?;
+            self.client.seat.begin_wait();
+            let mut backend = match self.check_out().await? {
+                // From here on requests to cancel go to the backend.
+                Some(backend) if !self.client.seat.end_wait() => backend,
+                unused => {
+                    self.call_off(unused).await?;
+                    continue;
+                }
+            };
             backend.up.put(&self.pending);
             self.pending.clear();
             self.pending.shrink_to(FIRST_READ);
@@ -157,7 +166,8 @@ impl Session {
         let greeting = match known {
             Some(greeting) => greeting,
             None => {
-                let mut backend = self.check_out().await?;
+                let backend = self.check_out().await?;
+                let mut backend = backend.expect("whoever has no key yet cannot cancel");
                 backend.leave_unused();
                 let greeting: Arc<[_]> = backend.parameters.clone().into();
                 *self.pool_key.greeting.lock() = Some(greeting.clone());
@@ -177,8 +187,10 @@ impl Session {
 
     /// Waits, without a backend, until the client sends something.
     async fn idle(&mut self) -> Result<(), End> {
-        if !self.pending.is_empty() {
-            return Ok(());
+        match self.pending.first() {
+            Some(b'X') => return Err(End::Silent),
+            Some(_) => return Ok(()),
+            None => {}
         }
         self.client.seat.set_doing(if self.served { Doing::Hibernated } else { Doing::Idle });
         let mut first = [0; FIRST_READ];
@@ -193,6 +205,32 @@ impl Session {
                         self.pending.extend_from_slice(&first[..count]);
                         return Ok(());
                     }
+                },
+            }
+        }
+    }
+
+    /// Answers what the client wanted a backend for, as it was cancelled before it was sent to one; gives back one that it
+    /// has got meanwhile.
+    async fn call_off(&mut self, unused: Option<Box<Pooled>>) -> Result<(), End> {
+        self.client.seat.end_wait();
+        if let Some(mut backend) = unused {
+            backend.leave_unused();
+            self.give_back(backend).await;
+        }
+        let mut turn = CalledOff::default();
+        loop {
+            let (taken, over) = self.client.throw_away(&mut turn, &self.pending).await?;
+            self.pending.drain(..taken);
+            if over {
+                return Ok(());
+            }
+            let mut more = [0; FIRST_READ];
+            tokio::select! {
+                () = self.client.seat.attention() => {}
+                read = self.client.stream.read(&mut more) => match read {
+                    Ok(count @ 1..) => self.pending.extend_from_slice(&more[..count]),
+                    Ok(0) | Err(_) => return Err(End::Silent),
                 },
             }
         }

@@ -8,6 +8,7 @@ use super::client::Client;
 use super::end::End;
 use crate::backend::{Backend, StartError, encoded, relayed_error};
 use crate::branch::{Gate, Standing};
+use crate::calloff::{CalledOff, Next};
 use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
 use crate::waits::{Stage, Wait};
@@ -151,6 +152,21 @@ impl Client {
             () = sleep_until(hold.deadline()) => return Ok(true),
         }
         Ok(false)
+    }
+
+    /// Throws away what of these bytes belongs to a turn that was cancelled before there was a backend for it, and answers
+    /// in Postgres' place. Answers how many do, and whether the turn is over.
+    ///
+    /// # Errors
+    /// If the session ends.
+    pub async fn throw_away(&mut self, turn: &mut CalledOff, bytes: &[u8]) -> Result<(usize, bool), End> {
+        let step = turn.take(bytes).map_err(|what| End::Say(Said::malformed(&what.to_string())))?;
+        self.send(&step.answer).await?;
+        match step.next {
+            Next::Over => Ok((step.taken, true)),
+            Next::More => self.obey().map(|()| (step.taken, false)),
+            Next::Terminated => Err(End::Silent),
+        }
     }
 
     /// What a client is told whose time is up.

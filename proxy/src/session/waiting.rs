@@ -10,7 +10,7 @@ use super::hold::{Hold, RETRY_AFTER, StartFailed};
 use super::{End, Session};
 use crate::backend::Backend;
 use crate::branch::{Doing, Gate, Standing};
-use crate::calloff::{CalledOff, Next};
+use crate::calloff::CalledOff;
 use crate::cancel::CancelTarget;
 use crate::endpoints::{Awake, EndpointError};
 use crate::errors::Said;
@@ -135,16 +135,12 @@ impl Session {
     pub(super) async fn call_off(&mut self) -> Result<(), End> {
         let mut turn = CalledOff::default();
         loop {
-            let step = turn.take(self.up.held()).map_err(|what| End::Say(Said::malformed(&what.to_string())))?;
-            self.up.release(step.taken);
+            let (taken, over) = self.client.throw_away(&mut turn, self.up.held()).await?;
+            self.up.release(taken);
             self.up.discard_released();
-            self.client.send(&step.answer).await?;
-            match step.next {
-                Next::Over => return Ok(()),
-                Next::Terminated => return Err(End::Silent),
-                Next::More => {}
+            if over {
+                return Ok(());
             }
-            self.client.obey()?;
             tokio::select! {
                 () = self.client.seat.attention() => {}
                 read = self.up.fill(&mut self.client.stream) => match read {

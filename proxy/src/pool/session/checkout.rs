@@ -15,8 +15,8 @@ use crate::waits::{Stage, Wait};
 use crate::wire::error_field;
 
 impl Session {
-    /// Gets a backend that is as the client left its last one.
-    pub(super) async fn check_out(&mut self) -> Result<Box<Pooled>, End> {
+    /// Gets a backend that is as the client left its last one; or none, if the client does not want one any more.
+    pub(super) async fn check_out(&mut self) -> Result<Option<Box<Pooled>>, End> {
         let mut wait = None;
         let result = self.check_out_after(&mut wait).await;
         if let Some(wait) = wait {
@@ -26,17 +26,23 @@ impl Session {
     }
 
     /// The same; `wait` is there once it had to wait for its compute.
-    async fn check_out_after(&mut self, wait: &mut Option<Wait>) -> Result<Box<Pooled>, End> {
+    async fn check_out_after(&mut self, wait: &mut Option<Wait>) -> Result<Option<Box<Pooled>>, End> {
         let mut hold = Hold::begin(self.client.shared.config.wake_budget);
         // What Postgres said when it did not take one more connection.
         let mut refused = None;
         loop {
             self.client.obey()?;
+            if self.client.seat.is_called_off() {
+                return Ok(None);
+            }
             if self.client.branch.begin_work(self.client.conn()) {
                 if let Some(backend) = self.try_check_out(&mut hold, &mut refused, wait).await? {
-                    return Ok(backend);
+                    return Ok(Some(backend));
                 }
                 self.client.branch.stand(self.client.conn(), Standing::Apart);
+                if self.client.seat.is_called_off() {
+                    return Ok(None);
+                }
             }
             self.client.seat.set_doing(Doing::Waiting);
             wait.get_or_insert_with(Wait::begin).enter(Stage::Gate);
@@ -49,7 +55,7 @@ impl Session {
         }
     }
 
-    /// One try. A fence that comes up meanwhile calls it off.
+    /// One try. A fence that comes up meanwhile calls it off, as does the client.
     async fn try_check_out(
         &mut self,
         hold: &mut Hold,
@@ -83,7 +89,7 @@ impl Session {
         }
     }
 
-    /// Stands in the queue. Nothing if a fence came up.
+    /// Stands in the queue. Nothing if a fence came up, or the client wants no backend any more.
     async fn queue(&mut self, mut waiting: Waiting, begun: Instant) -> Result<Option<Grant>, End> {
         self.client.seat.set_doing(Doing::Waiting);
         let _gauge = GaugeGuard::new("ebb_proxy_pool_waiting");
@@ -97,7 +103,7 @@ impl Session {
                     if let Err(end) = self.client.obey() {
                         break Err(end);
                     }
-                    if self.client.is_shut_out() {
+                    if seat.is_called_off() || self.client.is_shut_out() {
                         break Ok(None);
                     }
                 }
