@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::connect::tls_config;
 use crate::harness::{ENDPOINT, Ebb, until};
 use crate::raw::{self, packet};
 use crate::wire::{Wire, connect, query, startup};
@@ -18,14 +18,7 @@ const GSS_REQUEST: u32 = 80_877_104;
 
 /// A TLS handshake at once, offering these protocols.
 async fn handshake(ebb: &Ebb, stream: TcpStream, alpn: &[&str], host: &str) -> std::io::Result<TlsStream<TcpStream>> {
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(&ebb.ca_pem).unwrap()).unwrap();
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
-    let mut config = rustls::ClientConfig::builder_with_provider(provider.into())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let mut config = tls_config(ebb);
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(host.to_owned()).unwrap(), stream).await
 }
