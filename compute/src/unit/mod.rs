@@ -75,6 +75,8 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     if !isolation::is_first_process() {
         return isolation::become_first_process();
     }
+    // What whoever started `ebb serve` left open is nothing for Postgres; nor is it this unit's.
+    close_fds::set_fds_cloexec(3, &[]);
     // A session of its own, so that Ctrl-C in the terminal of `ebb serve` does not reach Postgres.
     let _ = setsid();
     umask(Mode::from_bits_truncate(0o077));

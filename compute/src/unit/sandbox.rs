@@ -39,6 +39,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use super::isolation::{DIRS, Trying, attach};
 use super::syscalls;
 use crate::error::{OsContext, Result};
+use crate::postgres::extensions;
 use crate::user::RunAs;
 
 /// LIMIT: 120 clients with their parallel workers, replication, background workers and a program or two of theirs; no
@@ -64,8 +65,10 @@ const HARMLESS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 pub(super) struct Sandbox {
     /// The unit's tree: see [`super::isolation::House`].
     base: PathBuf,
-    /// Directories of programs outside /usr, by their real names.
-    programs: Vec<PathBuf>,
+    /// The installation, if it is outside /usr. What `LD_LIBRARY_PATH` may name besides is not shown.
+    elsewhere: Option<PathBuf>,
+    /// Where the control files of extensions are.
+    extensions: Option<PathBuf>,
     /// Whether /usr/local is needed.
     local: bool,
     user: RunAs,
@@ -74,13 +77,10 @@ pub(super) struct Sandbox {
 impl Sandbox {
     /// Names it: for the server whose programs are in `bin`, in the unit's tree at `base`.
     pub fn new(base: PathBuf, bin: &Path, user: RunAs) -> Self {
-        let libraries = std::env::var_os("LD_LIBRARY_PATH");
-        let libraries = libraries.iter().flat_map(std::env::split_paths).filter(|dir| !dir.as_os_str().is_empty());
-        let all: Vec<_> =
-            std::iter::once(installation_of(bin)).chain(libraries).filter_map(|dir| dir.canonicalize().ok()).collect();
-        let local = all.iter().any(|dir| dir.starts_with("/usr/local"));
-        let programs = all.into_iter().filter(|dir| !dir.starts_with("/usr")).collect();
-        Self { base, programs, local, user }
+        let installation = installation_of(bin);
+        let local = installation.starts_with("/usr/local");
+        let elsewhere = (!installation.starts_with("/usr")).then_some(installation);
+        Self { base, elsewhere, extensions: extensions_of(bin), local, user }
     }
 
     /// Starts a program in it.
@@ -104,7 +104,7 @@ impl Sandbox {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).trying("make namespaces for postgres")?;
         loopback_up().trying("bring up the loopback device of postgres alone")?;
         let root = self.base.join("root");
-        let options = Some("mode=0755,size=64k");
+        let options = Some("mode=0755,size=1m");
         attach(Some(Path::new("ebb")), &root, Some("tmpfs"), HARMLESS, options)?;
         self.fill(&root)?;
         remount(&root, MsFlags::MS_RDONLY)?;
@@ -139,7 +139,7 @@ impl Sandbox {
                 Err(_) => {}
             }
         }
-        for dir in &self.programs {
+        if let Some(dir) = &self.elsewhere {
             let to = below(root, dir);
             make_dir(&to)?;
             show(dir, &to)?;
@@ -150,6 +150,7 @@ impl Sandbox {
             bind_file(Path::new(LOADER_CACHE), &to)?;
             remount(&to, HARMLESS | MsFlags::MS_RDONLY)?;
         }
+        self.mistrust(root)?;
         self.fill_dev(&root.join("dev"))?;
         let proc = root.join("proc");
         make_dir(&proc)?;
@@ -173,6 +174,26 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Lays other control files over those of extensions that are not allowed and say that they may be trusted.
+    fn mistrust(&self, root: &Path) -> Result<()> {
+        let Some(dir) = &self.extensions else { return Ok(()) };
+        for entry in fs::read_dir(dir).on("list", dir)? {
+            let path = entry.on("list", dir)?.path();
+            let name = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".control"));
+            // LIMIT: hundreds of scripts are beside them, which are not read.
+            let Some(name) = name.filter(|name| !extensions::ALLOWED.contains(name)) else { continue };
+            let Some(control) = extensions::mistrusted(name, &fs::read_to_string(&path).on("read", &path)?) else {
+                continue;
+            };
+            let other = root.join("control").join(name);
+            make_dir(&root.join("control"))?;
+            fs::write(&other, control).on("write", &other)?;
+            fs::set_permissions(&other, Permissions::from_mode(0o644)).on("open up", &other)?;
+            attach(Some(&other), &below(root, &path), None, MsFlags::MS_BIND, None)?;
+        }
+        Ok(())
+    }
+
     fn fill_dev(&self, dev: &Path) -> Result<()> {
         make_dir(dev)?;
         for name in DEVICES {
@@ -191,6 +212,14 @@ fn installation_of(bin: &Path) -> PathBuf {
     let up = |levels| bin.ancestors().nth(levels).map(Path::to_owned);
     let debian = up(2).is_some_and(|dir| dir.ends_with("lib/postgresql"));
     up(if debian { 4 } else { 1 }).unwrap_or_else(|| bin.to_owned())
+}
+
+/// Where an installation has its extensions: Debian's way, or as one of the ways of PostgreSQL's own build.
+fn extensions_of(bin: &Path) -> Option<PathBuf> {
+    let share = installation_of(bin).join("share");
+    let version = bin.parent()?.file_name()?;
+    let places = [share.join("postgresql").join(version), share.join("postgresql"), share.clone()];
+    places.into_iter().map(|place| place.join("extension")).find(|dir| dir.is_dir())
 }
 
 /// The place of an absolute path in another root.

@@ -391,6 +391,43 @@ mod tests {
     }
 
     #[test]
+    fn what_branches_share_nobody_can_write() {
+        let dirs = Dirs::new();
+        let wal = dirs.at("wal");
+        write(&wal, 5, 128, 0);
+        write(&wal, 6, 9, 0);
+        dirs.capture(&image(5 * u64::from(SEGMENT) + 4000)).unwrap();
+        let mode = |dir: &Path, number| {
+            fs::metadata(dir.join(segment(number).file_name())).unwrap().permissions().mode() & 0o777
+        };
+        assert_eq!((mode(&wal, 5), links(&wal, 5)), (SHARED_MODE, 3));
+        assert_eq!(mode(&wal, 6) & 0o200, 0o200, "what is written to is not shared");
+        seed(&dirs.at("layer"), &dirs.at("other"), &image(5 * u64::from(SEGMENT) + 4000)).unwrap();
+        assert_eq!((mode(&dirs.at("other"), 5), links(&wal, 5)), (SHARED_MODE, 4));
+        assert_eq!(links(&dirs.at("other"), 6), 1);
+    }
+
+    #[test]
+    fn links_and_devices_among_wal_are_not_kept_and_not_waited_for() {
+        let dirs = Dirs::new();
+        let wal = dirs.at("wal");
+        write(&wal, 5, 2, 0);
+        let secret = dirs.at("secret");
+        fs::write(&secret, "of root").unwrap();
+        std::os::unix::fs::symlink(&secret, wal.join("00000002.history")).unwrap();
+        std::os::unix::fs::symlink(wal.join(segment(5).file_name()), wal.join(segment(6).file_name())).unwrap();
+        for name in ["00000003.history".to_owned(), segment(7).file_name()] {
+            let fifo = rustix::fs::FileType::Fifo;
+            let mode = rustix::fs::Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(rustix::fs::CWD, wal.join(name), fifo, mode, 0).unwrap();
+        }
+        let image = image(5 * u64::from(SEGMENT) + 4000);
+        assert_eq!(dirs.capture(&image).unwrap(), [segment(5).file_name()]);
+        assert!(changed_since(&wal, &dirs.at("layer"), &image).is_ok());
+        end(&wal, &image).expect_err("a link is no segment");
+    }
+
+    #[test]
     fn a_segment_is_shared_only_once_the_record_across_its_end_is_whole() {
         let check = |pages: u64, rest: u32, expect: bool| {
             let dirs = Dirs::new();
