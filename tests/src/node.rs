@@ -1,13 +1,13 @@
 //! A running `ebb serve`, its commands, its processes.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ebb_test_s3::free_port;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
@@ -431,8 +431,4 @@ impl Node {
     pub fn kill_9(&self, pid: u32) {
         kill("KILL", pid);
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free").port()
 }

@@ -1,11 +1,11 @@
 //! Stock Postgres beside Ebb: what somebody comes with, and what they can go back to.
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ebb_test_s3::free_port;
 use tempfile::TempDir;
 
 use crate::node::{Ran, pg_bin, run};
@@ -88,8 +88,7 @@ impl Stock {
     fn empty(bin: &Path) -> Self {
         let dir = TempDir::with_prefix("ebb-stock-").expect("a temporary directory can be made");
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("a directory can be opened up");
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free");
-        Self { dir, bin: bin.to_owned(), port: port.port(), runs: false }
+        Self { dir, bin: bin.to_owned(), port: free_port(), runs: false }
     }
 
     fn run_unprivileged(&self, program: &str, args: &[&str]) {

@@ -45,6 +45,11 @@ pub enum Event {
         /// One more than the last owner's; the first has 1.
         epoch: u64,
     },
+    /// The owner, which others may have taken for dead for a while, goes on. A takeover that was decided before is void.
+    OwnerKept {
+        /// Which.
+        node: NodeId,
+    },
     /// A branch exists.
     BranchCreated {
         /// Its identifier.

@@ -5,11 +5,27 @@
 //! ```
 //!
 //! **No clocks are compared.** A record has a counter, and whoever looks remembers when it last saw that change, by a
-//! clock of its own that never jumps. A node that cannot renew its own record knows, by the same kind of clock, when
-//! others may take it for dead: it began the last renewal that worked before any of them can have seen it.
+//! clock of its own that never jumps. A node is gone when a look that was begun a whole time to live later finds the same
+//! count. A node that cannot renew its own record knows, by the same kind of clock, when others may take it for dead: it
+//! began the last renewal that worked before any of them can have seen it.
 //!
-//! Who could not look for a while has seen nobody die: after that everybody has the whole time again. And who cannot renew
-//! asks the others whether they can ([`Others`]): a bucket that is away for all lets nobody take over.
+//! **Terms.** The uninterrupted time in which nobody can have taken this node for dead is a *term*. In a new one nothing
+//! of before counts: [`Nodes::confirm`] ends the time in which nothing may be told, after whose the projects are was
+//! looked up again.
+//!
+//! ```text
+//!            renewed in time              expired, renewed again           confirm
+//!   ┌────────────────────────┐  term + 1  ┌────────────────────┐  ┌────────────────────────┐
+//!   │ what computes say      │ ─────────► │ nothing is told    │─►│ what computes say      │
+//!   │ is told                │            └────────────────────┘  │ is told                │
+//!   └────────────────────────┘                                    └────────────────────────┘
+//! ```
+//!
+//! Without the bucket a node goes on in two cases. All others have promised not to take over for a while, because they
+//! cannot renew their records either ([`Others::hold`]). Or it is alone: no other node was alive when it last looked. One
+//! that comes later tells it, before it takes over ([`Others::warn`]).
+//!
+//! Who could not look for a while has seen nobody die: after that everybody has the whole time again.
 //!
 //! A record only tells whom to ask, and whom one may take over from. What makes a takeover safe is in the logs: an entry
 //! in the project's ledger that only one node can write, and a fence in every WAL archive (I9).
@@ -26,6 +42,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ebb_storage::object_store::Bucket;
 use ebb_types::NodeId;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +57,9 @@ const HASH_BYTES: usize = 64;
 
 /// So often a record is renewed before it expires.
 const RENEWALS: u32 = 3;
+
+/// LIMIT: small requests, made to hide the bucket's latency.
+const PARALLEL: usize = 16;
 
 /// LIMIT: a record that nobody renews tells nothing that its absence does not; a node that comes back writes it again.
 const FORGET_AFTER: Duration = Duration::from_secs(3600);
@@ -85,18 +105,25 @@ pub enum Standing {
     Gone,
 }
 
-/// A record as it was last seen to change.
+/// A record as it was last seen.
 #[derive(Debug, Clone)]
 struct Seen {
     record: Record,
+    /// When it was first seen like this.
     changed: Moment,
+    /// When the newest look at it was begun.
+    looked: Moment,
 }
 
 /// The way to other nodes that does not lead through the bucket.
 #[async_trait]
 pub trait Others: Debug + Send + Sync + 'static {
-    /// Whether every one of these nodes answers, and says that it cannot renew its record either.
-    async fn are_cut_off(&self, nodes: &[Record]) -> bool;
+    /// Whether every one of these nodes promises not to take over from anybody for this long, which each does that
+    /// cannot renew its record.
+    async fn hold(&self, nodes: &[Record], time: Duration) -> bool;
+
+    /// Tells a node that has not renewed its record that the other one is about to take over from it. It may not hear.
+    async fn warn(&self, node: &Record, of: &Record);
 }
 
 /// This node among the others.
@@ -109,12 +136,9 @@ pub struct Nodes {
     ttl: Duration,
     beat: AtomicU64,
     inner: Mutex<Inner>,
-    /// Until when, by [`Moment`]'s clock in nanoseconds, no other node can have taken over; [`ALONE`] while there is none.
+    /// Until when, by [`Moment`]'s clock in nanoseconds, no other node can have taken over.
     unchallenged_until: AtomicU64,
 }
-
-/// A moment that never comes.
-const ALONE: u64 = u64::MAX;
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -122,14 +146,35 @@ struct Inner {
     seen: BTreeMap<NodeId, Seen>,
     /// When the last renewal that worked was begun.
     renewed: Option<Moment>,
-    /// Counts the times that the record may have expired without this node's doing.
+    /// The number of the present term; none before the first renewal.
     term: u64,
-    /// The other nodes that were alive when the records were last looked at, and when that was.
+    /// The last term in which it was looked up what is still this node's.
+    confirmed: u64,
+    /// When a look at the records last ended well, and in which term it was begun.
+    looked: Option<(Moment, u64)>,
+    /// The other nodes that were alive then.
     peers: Vec<Record>,
-    looked: Option<Moment>,
-    /// When all of them last said that they cannot reach the bucket either.
-    excused: Option<Moment>,
+    /// Until when all of them have promised not to take over.
+    held_by_others: Option<Moment>,
+    /// Until when this node has promised that.
+    promised: Option<Moment>,
+    /// Takeovers that are under way.
+    taking_over: usize,
+    /// When this process last showed that it runs.
+    ticked: Option<Moment>,
+    /// It stood still, and has not looked at the records since.
+    stood_still: bool,
     stopped: bool,
+}
+
+/// A takeover under way; a node makes no promise meanwhile.
+#[derive(Debug)]
+pub struct TakingOver<'a>(&'a Nodes);
+
+impl Drop for TakingOver<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().taking_over -= 1;
+    }
 }
 
 impl Nodes {
@@ -147,7 +192,7 @@ impl Nodes {
             ttl,
             beat: AtomicU64::new(0),
             inner: Mutex::default(),
-            unchallenged_until: AtomicU64::new(ALONE),
+            unchallenged_until: AtomicU64::new(0),
         })
     }
 
@@ -167,7 +212,7 @@ impl Nodes {
     }
 
     /// This node's record, as it would be written now.
-    fn own_record(&self) -> Record {
+    pub fn own_record(&self) -> Record {
         let inner = self.inner.lock();
         Record {
             node: self.me,
@@ -181,21 +226,42 @@ impl Nodes {
         }
     }
 
-    /// Writes this node's record anew.
+    /// Writes this node's record anew. Answers whether a new term began: whatever was this node's, may not be any more.
     ///
     /// # Errors
     /// If the bucket does not take it: it may have, all the same.
-    pub async fn renew(&self) -> Result<()> {
+    pub async fn renew(&self) -> Result<bool> {
+        let quiet = self.has_expired() && self.is_quiet().await?;
         self.beat.fetch_add(1, Ordering::Relaxed);
         let (begun, record) = (Moment::now(), self.own_record());
         self.bucket.put(&key(self.me), encode(&record).into()).await?;
         let mut inner = self.inner.lock();
-        if inner.renewed.is_none_or(|last| last.elapsed() >= self.ttl) {
+        let expired = inner.renewed.is_none_or(|last| last.elapsed() >= self.ttl);
+        // Who came after that look has seen another count by the time that it could have taken this node for dead.
+        let is_new = expired && !(quiet && begun.elapsed() < self.ttl / 2);
+        if is_new {
             inner.term += 1;
         }
-        inner.renewed = Some(begun);
+        inner.renewed = inner.renewed.max(Some(begun));
         self.publish(&inner);
-        Ok(())
+        Ok(is_new)
+    }
+
+    fn has_expired(&self) -> bool {
+        self.inner.lock().renewed.is_some_and(|last| last.elapsed() >= self.ttl)
+    }
+
+    /// Whether this node was alone when it last looked, and no record has changed since: then nobody can have taken over
+    /// though its record expired.
+    async fn is_quiet(&self) -> Result<bool> {
+        if !self.inner.lock().is_alone() {
+            return Ok(false);
+        }
+        let begun = Moment::now();
+        let there = self.records().await?;
+        let inner = self.inner.lock();
+        let is_known = |record: &Record| inner.seen.get(&record.node).is_some_and(|seen| seen.is(record));
+        Ok(there.iter().all(is_known) && begun.elapsed() < self.ttl / 2)
     }
 
     /// Says that this node has no computes any more, and will not have any.
@@ -204,7 +270,7 @@ impl Nodes {
     /// As [`Nodes::renew`]; the record then expires.
     pub async fn stop(&self) -> Result<()> {
         self.inner.lock().stopped = true;
-        self.renew().await
+        self.renew().await.map(drop)
     }
 
     /// Looks at all records.
@@ -212,21 +278,18 @@ impl Nodes {
     /// # Errors
     /// If the bucket cannot be read.
     pub async fn look(&self) -> Result<()> {
-        let listed = self.bucket.list(PREFIX, None).await?;
-        let listed = listed.iter().filter_map(|object| object.key.strip_prefix(PREFIX)?.parse().ok());
-        let mut there = Vec::new();
-        for node in listed.filter(|node| *node != self.me) {
-            there.extend(self.read(node).await?);
-        }
+        let (begun, term) = (Moment::now(), self.inner.lock().term);
+        let there = self.records().await?;
         let old = {
             let mut inner = self.inner.lock();
             inner.seen.retain(|node, _| there.iter().any(|record| record.node == *node));
-            if inner.looked.is_some_and(|last| last.elapsed() > self.renew_every() * 2) {
+            if inner.looked.is_some_and(|(last, _)| begun.since(last) > self.ttl) {
                 inner.seen.values_mut().for_each(|seen| seen.changed = Moment::now());
             }
-            inner.looked = Some(Moment::now());
-            there.into_iter().for_each(|record| inner.see(record));
+            there.into_iter().for_each(|record| inner.see(record, begun));
+            inner.looked = Some((Moment::now(), term));
             inner.peers = inner.seen.values().filter(|seen| seen.is_alive()).map(|seen| seen.record.clone()).collect();
+            inner.stood_still = false;
             self.publish(&inner);
             let old = inner.seen.iter().filter(|(_, seen)| seen.changed.elapsed() > FORGET_AFTER);
             old.map(|(node, _)| *node).collect::<Vec<_>>()
@@ -237,14 +300,23 @@ impl Nodes {
         Ok(())
     }
 
+    /// All other nodes' records.
+    async fn records(&self) -> Result<Vec<Record>> {
+        let listed = self.bucket.list(PREFIX, None).await?;
+        let nodes = listed.iter().filter_map(|object| object.key.strip_prefix(PREFIX)?.parse().ok());
+        let others: Vec<NodeId> = nodes.filter(|node| *node != self.me).collect();
+        let read = stream::iter(others).map(|node| self.read(node)).buffer_unordered(PARALLEL);
+        read.try_filter_map(|record| async { Ok(record) }).try_collect().await
+    }
+
     /// What is known of a node; asks the bucket about one that was never seen.
     ///
     /// # Errors
     /// As [`Nodes::look`].
     pub async fn standing(&self, node: NodeId) -> Result<Standing> {
-        let known = self.inner.lock().seen.contains_key(&node);
+        let (known, begun) = (self.inner.lock().seen.contains_key(&node), Moment::now());
         if !known && let Some(record) = self.read(node).await? {
-            self.inner.lock().see(record);
+            self.inner.lock().see(record, begun);
         }
         Ok(match self.inner.lock().seen.get(&node).filter(|seen| seen.is_alive()) {
             Some(seen) => Standing::Alive(seen.record.clone()),
@@ -270,27 +342,123 @@ impl Nodes {
         self.inner.lock().peers.clone()
     }
 
-    /// Notes what the other nodes said: whether they cannot reach the bucket either.
-    pub fn excuse(&self, cut_off: bool) {
+    /// A node's record as it was last seen, alive or not.
+    pub fn last_record(&self, node: NodeId) -> Option<Record> {
+        self.inner.lock().seen.get(&node).map(|seen| seen.record.clone())
+    }
+
+    /// Whether there may be another node that took this one for dead before its present term.
+    ///
+    /// # Errors
+    /// As [`Nodes::look`].
+    pub async fn has_company(&self) -> Result<bool> {
+        let is_fresh = {
+            let inner = self.inner.lock();
+            inner.looked.is_some_and(|(_, term)| term == inner.term)
+        };
+        if !is_fresh {
+            self.look().await?;
+        }
+        Ok(self.inner.lock().seen.values().any(|seen| !seen.record.stopped))
+    }
+
+    /// Notes that in this term it was looked up what is still this node's, and all computes of what is not are ended.
+    pub fn confirm(&self, term: u64) {
         let mut inner = self.inner.lock();
-        inner.excused = cut_off.then(Moment::now);
+        inner.confirmed = inner.confirmed.max(term);
+        self.publish(&inner);
+    }
+
+    /// Shows that this process runs. To be called several times in a record's time to live; answers `false` after it was
+    /// not for that long: then the records are to be looked at, or at least tried to, before this node takes itself for
+    /// alone again ([`Nodes::tried`]).
+    pub fn tick(&self) -> bool {
+        let mut inner = self.inner.lock();
+        let stood_still = inner.ticked.is_some_and(|last| last.elapsed() >= self.ttl);
+        inner.stood_still |= stood_still;
+        inner.ticked = Some(Moment::now());
+        self.publish(&inner);
+        !stood_still
+    }
+
+    /// Notes that the records cannot be looked at.
+    pub fn tried(&self) {
+        let mut inner = self.inner.lock();
+        inner.stood_still = false;
+        self.publish(&inner);
+    }
+
+    /// How long others are to be asked to hold, if this node is in need of that: it could not renew its record lately, and
+    /// others were alive.
+    pub fn needs_hold(&self) -> Option<Duration> {
+        let inner = self.inner.lock();
+        (self.is_late(&inner) && !inner.peers.is_empty()).then_some(self.ttl / 2)
+    }
+
+    /// Whether a renewal has been missed. Nodes that cannot renew any more all notice before the first record expires.
+    fn is_late(&self, inner: &Inner) -> bool {
+        inner.renewed.is_none_or(|last| last.elapsed() > self.renew_every() * 2)
+    }
+
+    /// Asks all others that were alive to hold.
+    pub async fn ask_to_hold(&self, others: &dyn Others, time: Duration) {
+        let (peers, begun) = (self.peers(), Moment::now());
+        let asked = tokio::time::timeout(self.renew_every(), others.hold(&peers, time));
+        let hold = asked.await.unwrap_or(false);
+        let mut inner = self.inner.lock();
+        // What was promised too late does not undo what may have happened before.
+        if hold
+            && peers == inner.peers
+            && begun.0.as_nanos() < u128::from(self.unchallenged_until.load(Ordering::Acquire))
+        {
+            inner.held_by_others = Some(Moment(begun.0 + time));
+            self.publish(&inner);
+        }
+    }
+
+    /// Promises not to take over from anybody for this long, unless this node renews its record, or is at it already.
+    pub fn promise(&self, time: Duration) -> bool {
+        let mut inner = self.inner.lock();
+        let promises = self.is_late(&inner) && inner.taking_over == 0;
+        if promises {
+            let until = Moment(Moment::now().0 + time);
+            inner.promised = inner.promised.max(Some(until));
+        }
+        promises
+    }
+
+    /// Begins a takeover: nothing is promised until the answer is dropped. `None` for as long as something is.
+    pub fn take_over(&self) -> Option<TakingOver<'_>> {
+        let mut inner = self.inner.lock();
+        if inner.promised.is_some_and(|until| until > Moment::now()) {
+            return None;
+        }
+        inner.taking_over += 1;
+        Some(TakingOver(self))
+    }
+
+    /// Another node says that it is about to take over from this one.
+    pub fn challenged(&self, by: Record) {
+        let mut inner = self.inner.lock();
+        inner.held_by_others = None;
+        inner.peers.retain(|peer| peer.node != by.node);
+        inner.peers.push(by);
         self.publish(&inner);
     }
 
     fn publish(&self, inner: &Inner) {
-        let renewed = inner.renewed.map(|last| last.0 + self.ttl);
-        let excused = inner.excused.map(|said| said.0 + self.ttl / 2);
-        let until = renewed.max(excused).unwrap_or_default();
-        let until = u64::try_from(until.as_nanos()).unwrap_or(ALONE);
-        self.unchallenged_until.store(if inner.peers.is_empty() { ALONE } else { until }, Ordering::Release);
+        let renewed = inner.renewed.filter(|_| inner.confirmed == inner.term).map(|last| last.0 + self.ttl);
+        let held = inner.held_by_others.map(|until| until.0);
+        let is_alone = inner.is_alone() && inner.confirmed == inner.term;
+        let alone = inner.ticked.filter(|_| is_alone).map(|last| last.0 + self.ttl);
+        let until = renewed.max(held).max(alone).unwrap_or_default();
+        self.unchallenged_until.store(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
     }
 
     /// Whether what its computes have said by now may be told: no other node can have taken over before they said it.
-    ///
-    /// The same as [`Nodes::term`] or [`Nodes::is_excused`], for those who ask with every message.
+    /// Cheap enough to be asked with every message.
     pub fn may_answer(&self) -> bool {
-        let until = self.unchallenged_until.load(Ordering::Acquire);
-        until == ALONE || Moment::now().0.as_nanos() < u128::from(until)
+        Moment::now().0.as_nanos() < u128::from(self.unchallenged_until.load(Ordering::Acquire))
     }
 
     /// Whether a node that was seen has not renewed its record in time. Asks nobody.
@@ -298,16 +466,23 @@ impl Nodes {
         self.inner.lock().seen.get(&node).is_some_and(|seen| !seen.is_alive())
     }
 
-    /// Whether no other node can have taken over, though this one's record may have expired.
+    /// Whether no other node can have taken over, though this one's record may have expired; but for a new term that is
+    /// not confirmed yet.
     pub fn is_excused(&self) -> bool {
         let inner = self.inner.lock();
-        inner.peers.is_empty() || inner.excused.is_some_and(|said| said.elapsed() < self.ttl / 2)
+        let runs = inner.ticked.is_none_or(|last| last.elapsed() < self.ttl);
+        (inner.is_alone() && runs) || inner.held_by_others.is_some_and(|until| until > Moment::now())
     }
 
-    /// Whether no other node can take this one for dead; and which uninterrupted time that has been so.
+    /// Whether no other node can take this one for dead; and which term that is.
     pub fn term(&self) -> Option<u64> {
         let inner = self.inner.lock();
         inner.renewed.filter(|last| last.elapsed() < self.ttl).map(|_| inner.term)
+    }
+
+    /// The present term, whether or not the record has expired since.
+    pub fn last_term(&self) -> u64 {
+        self.inner.lock().term
     }
 
     async fn read(&self, node: NodeId) -> Result<Option<Record>> {
@@ -328,22 +503,31 @@ impl Nodes {
 }
 
 impl Inner {
-    fn see(&mut self, record: Record) {
-        let same = |seen: &&mut Seen| (seen.record.run, seen.record.beat) == (record.run, record.beat);
-        if self.seen.get_mut(&record.node).as_ref().filter(|seen| same(seen)).is_none() {
-            self.seen.insert(record.node, Seen { record, changed: Moment::now() });
+    fn see(&mut self, record: Record, looked: Moment) {
+        match self.seen.get_mut(&record.node).filter(|seen| seen.is(&record)) {
+            Some(seen) => seen.looked = seen.looked.max(looked),
+            None => drop(self.seen.insert(record.node, Seen { record, changed: Moment::now(), looked })),
         }
+    }
+
+    /// Whether no other node was alive when the records were last looked at, in this term, nor has been heard of since.
+    fn is_alone(&self) -> bool {
+        self.peers.is_empty() && !self.stood_still && self.looked.is_some_and(|(_, term)| term == self.term)
     }
 }
 
 impl Seen {
+    fn is(&self, record: &Record) -> bool {
+        (self.record.run, self.record.beat) == (record.run, record.beat)
+    }
+
     fn is_alive(&self) -> bool {
-        !self.record.stopped && self.changed.elapsed() < Duration::from_millis(self.record.ttl_ms)
+        !self.record.stopped && self.looked.since(self.changed) < Duration::from_millis(self.record.ttl_ms)
     }
 }
 
 /// A moment of the clock that no one sets and that goes on while the machine sleeps.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Moment(Duration);
 
 impl Moment {
@@ -353,7 +537,11 @@ impl Moment {
     }
 
     fn elapsed(self) -> Duration {
-        Self::now().0.saturating_sub(self.0)
+        Self::now().since(self)
+    }
+
+    fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
     }
 }
 

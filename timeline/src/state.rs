@@ -68,7 +68,7 @@ pub struct Owner {
     pub node: NodeId,
     /// Counts owners, from 1: the fencing token of the one writer of each of its branches.
     pub epoch: u64,
-    /// The number of the ledger's entry that made it the owner.
+    /// The number of the ledger's entry that made it the owner, or since which it goes on.
     pub entry: u64,
 }
 
@@ -445,6 +445,10 @@ impl ProjectState {
                 }
                 self.owner = Some(Owner { node: *node, epoch: *epoch, entry: entry.seq });
             }
+            Event::OwnerKept { node } => match &mut self.owner {
+                Some(owner) if owner.node == *node => owner.entry = entry.seq,
+                owner => return Err(format!("{node} keeps what is {owner:?}'s")),
+            },
             Event::BranchCreated { branch, name, head, end, parent, rescue_until } => {
                 if self.branches.contains_key(branch) || self.branches.values().any(|other| other.name == *name) {
                     return Err(format!("branch {name:?} exists already"));

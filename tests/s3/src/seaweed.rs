@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::{ACCESS_KEY, BUCKET, SECRET_KEY};
+use crate::{ACCESS_KEY, BUCKET, SECRET_KEY, free_port};
 
 /// LIMIT: a start takes a second on an idle machine; this allows for a loaded one.
 const START_WITHIN: Duration = Duration::from_secs(60);
@@ -55,7 +55,7 @@ impl Seaweed {
         let dir = TempDir::with_prefix("ebb-s3-").expect("a temporary directory can be made");
         let mut seaweed = Self { weed: weed(), ports: [0; PORTS.len()], server: None, dir };
         for _ in 0..STARTS_MAX {
-            seaweed.ports = free_ports();
+            seaweed.ports = PORTS.map(|_| free_port());
             if seaweed.try_start() {
                 return seaweed;
             }
@@ -182,12 +182,6 @@ fn weed() -> PathBuf {
         path.display()
     );
     path
-}
-
-/// Ports that were free a moment ago, all different.
-fn free_ports() -> [u16; PORTS.len()] {
-    let listeners = PORTS.map(|_| TcpListener::bind("127.0.0.1:0").expect("a port is free"));
-    listeners.map(|listener| listener.local_addr().expect("a listener has an address").port())
 }
 
 /// The HTTP status of a GET, if anybody answers.

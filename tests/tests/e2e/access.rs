@@ -250,8 +250,7 @@ struct HaProxy {
 impl HaProxy {
     fn start(to: u16) -> Self {
         let dir = tempfile::tempdir().expect("a directory can be made");
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("one is free").port();
+        let port = ebb_test_s3::free_port();
         let config = dir.path().join("haproxy.cfg");
         let text = format!(
             "defaults\n mode tcp\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n\

@@ -302,6 +302,9 @@ impl Cluster {
 
     /// What the lists hold in the end.
     pub fn finals(&self) -> Finals {
+        // One that was cut off just now knows soon that it is not any more.
+        let reaches = |node: &Node| node.ebb(&["url", "shop/prod"]).code == 0;
+        wait_for("every node to reach the bucket", || self.nodes.iter().all(reaches));
         self.wake();
         let rows = self.nodes[0].psql("shop/prod", "select list, array_to_string(items, ' ') from lists");
         let numbers = |text: &str| text.split_whitespace().map(|n| n.parse().expect("a number")).collect();

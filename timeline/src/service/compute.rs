@@ -233,7 +233,11 @@ impl Service {
         }
         let began = Instant::now();
         cell.inner.lock().step(ComputeEvent::Wake, self.clock.now())?;
-        match self.node.start(&start).await {
+        let started = match self.node.start(&start).await {
+            Ok(socket) => self.still_ours(project, &start.data).await.map(|()| socket),
+            Err(error) => Err(error),
+        };
+        match started {
             Ok(socket) => {
                 let serving = {
                     let mut inner = cell.inner.lock();
@@ -251,6 +255,17 @@ impl Service {
                 metrics::counter!("ebb_timeline_wakes_total", "result" => "failed").increment(1);
                 tracing::error!(%branch, error = error.chain(), "a wake failed");
                 Err(error)
+            }
+        }
+    }
+
+    /// While a compute started, its project may have become another node's: then the compute is ended.
+    async fn still_ours(self: &Arc<Self>, project: &Arc<Project>, data: &crate::node::Line) -> Result<()> {
+        match self.claim(project).await {
+            Ok(()) if project.ledger.state().epoch() == data.epoch => Ok(()),
+            claimed => {
+                self.node.discard(data.branch).await?;
+                claimed.and_then(|()| Err(project.elsewhere(project.ledger.state().owner, None)))
             }
         }
     }

@@ -43,6 +43,8 @@ pub struct World {
     pub visits: HashMap<BranchId, Option<LayerId>>,
     /// The next start fails.
     pub fail_start: bool,
+    /// The next start says by the first that it has begun, and waits for the second.
+    pub start_pauses: Option<[Arc<tokio::sync::Notify>; 2]>,
     /// A migration of this name fails.
     pub fail_migration: Option<String>,
     /// A migration of this name fails anywhere but on a copy.
@@ -186,6 +188,11 @@ impl Node for FakeNode {
 
     async fn start(&self, start: &Start) -> Result<PathBuf> {
         tokio::task::yield_now().await;
+        let pauses = self.0.lock().start_pauses.take();
+        if let Some([begun, go_on]) = pauses {
+            begun.notify_one();
+            go_on.notified().await;
+        }
         self.fetch(start.data.head).await?;
         let mut world = self.0.lock();
         if std::mem::take(&mut world.fail_start) {

@@ -172,6 +172,8 @@ pub struct Service {
     visits: visits::Visits,
     /// Something changed that the reconciler should look at.
     changed: Notify,
+    /// The other nodes' records are to be looked at now.
+    look_now: Notify,
     /// There may be operations that nobody carries out any more.
     left_behind: Notify,
     /// A layer was recorded that may have to be uploaded.
@@ -187,7 +189,7 @@ struct Project {
     name: ProjectName,
     /// This node.
     node: NodeId,
-    /// The uninterrupted time of this node's record in which it was last seen to be the owner.
+    /// The term ([`crate::nodes`]) in which this node was last seen to be the owner.
     term: AtomicU64,
     /// Held by whoever finds out whose it is.
     claiming: tokio::sync::Mutex<()>,
@@ -268,6 +270,7 @@ impl Service {
             image_sizes: Mutex::default(),
             visits: visits::Visits::default(),
             changed: Notify::new(),
+            look_now: Notify::new(),
             left_behind: Notify::new(),
             layers_changed: Notify::new(),
             tasks: TaskTracker::new(),
@@ -278,7 +281,7 @@ impl Service {
             service.report("removing interrupted drills", &error);
         }
         service.adopt_computes().await;
-        service.claim_known().await;
+        service.claim_known().await?;
         service.recover().await;
         service.prepare_template();
         Ok(service)

@@ -13,7 +13,9 @@
 //! - Before the WAL of an earlier epoch is read, its archive is fenced: whoever was owner can have no commit
 //!   acknowledged at durability `bucket` after that (I1). The first wake of a branch does it, the takeover itself for all.
 //! - A node that others may take for dead serves nothing and stops its computes. It goes on while it is alone, or all others
-//!   say that the bucket is away for them, too: nobody can take over.
+//!   have promised to take nothing over, because the bucket is away for them, too.
+//! - A node whose record had expired is owner again of what nobody took over meanwhile; where there may have been another
+//!   node, by an entry of its own. A takeover that was decided before, and comes after it, is refused.
 //!
 //! **Crash.** A takeover is one entry: it happened or not. Fencing what was not fenced yet is part of the next wake.
 //!
@@ -89,7 +91,7 @@ impl Project {
         self.cells.lock().values().any(|cell| !matches!(cell.inner.lock().compute, Compute::Suspended))
     }
 
-    fn elsewhere(&self, owner: Option<Owner>, record: Option<&Record>) -> Error {
+    pub(super) fn elsewhere(&self, owner: Option<Owner>, record: Option<&Record>) -> Error {
         let node = record.map(|record| record.name.clone()).or(owner.map(|owner| owner.node.to_string()));
         Refusal::Elsewhere { project: self.name.clone(), node: node.unwrap_or_default() }.into()
     }
@@ -100,9 +102,13 @@ impl Service {
     ///
     /// # Errors
     /// If the bucket cannot be written; it is tried again soon.
-    pub async fn announce(&self, addresses: Addresses) -> Result<()> {
+    pub async fn announce(self: &Arc<Self>, addresses: Addresses) -> Result<()> {
         self.nodes.set_addresses(addresses);
-        self.nodes.renew().await
+        if self.nodes.renew().await? {
+            self.nodes.look().await?;
+            self.keep_awake_projects().await;
+        }
+        Ok(())
     }
 
     /// This node's identifier.
@@ -173,10 +179,8 @@ impl Service {
     /// Whether this node is the owner, and no other can have taken over meanwhile.
     pub(super) fn may_act(&self, project: &Project) -> bool {
         project.is_ours()
-            && match self.nodes.term() {
-                Some(term) => project.term.load(Ordering::Relaxed) == term,
-                None => self.nodes.is_excused(),
-            }
+            && project.term.load(Ordering::Relaxed) == self.nodes.last_term()
+            && (self.nodes.term().is_some() || self.nodes.is_excused())
     }
 
     /// Makes sure that this node is the project's owner, taking over from one that is gone.
@@ -194,11 +198,16 @@ impl Service {
         let term = self.nodes.term().ok_or(Error::Isolated)?;
         let owner = project.ledger.refresh().await?.owner;
         match owner {
-            Some(owner) if owner.node == self.nodes.me() => {}
+            Some(owner) if owner.node == self.nodes.me() => {
+                if self.nodes.has_company().await? {
+                    self.keep(project, owner).await?;
+                }
+            }
             Some(owner) => match self.nodes.standing(owner.node).await? {
                 Standing::Alive(record) => {
                     if project.is_awake_here() {
-                        self.lose(project);
+                        let (service, project) = (self.clone(), project.clone());
+                        self.tasks.spawn(async move { service.lose(&project).await });
                     }
                     return Err(project.elsewhere(Some(owner), Some(&record)));
                 }
@@ -206,13 +215,35 @@ impl Service {
             },
             None => self.take_over(project, None).await?,
         }
-        project.term.store(term, Ordering::Relaxed);
+        self.note_kept(project, Some(term));
         Ok(())
     }
 
+    /// Records that the project is still this node's. Whoever took it for dead, and has not recorded so yet, is refused.
+    async fn keep(&self, project: &Project, owner: Owner) -> Result<()> {
+        let kept = |state: &ProjectState| {
+            state.facts()?;
+            match state.owner == Some(owner) {
+                true => Ok((vec![Event::OwnerKept { node: owner.node }], ())),
+                false => Err(project.elsewhere(state.owner, None)),
+            }
+        };
+        project.ledger.append("ebb", None, kept).await
+    }
+
     async fn take_over(self: &Arc<Self>, project: &Arc<Project>, from: Option<Owner>) -> Result<()> {
+        // It may have promised just now not to; whoever asks tries again.
+        let _taking_over = self.nodes.take_over().ok_or_else(|| project.elsewhere(from, None))?;
         // Whatever this node still has of an earlier epoch of its own.
         self.drop_computes(project).await;
+        if let (Some(from), Some(others)) = (from, self.others.get())
+            && let Some(record) = self.nodes.last_record(from.node)
+        {
+            // One that is cut off from the bucket alone may take itself for alone in the world.
+            let own = self.nodes.own_record();
+            let warned = others.warn(&record, &own);
+            let _ = tokio::time::timeout(self.nodes.renew_every() / 2, warned).await;
+        }
         let (node, epoch) = (self.nodes.me(), from.map_or(0, |owner| owner.epoch) + 1);
         project
             .ledger
@@ -220,7 +251,7 @@ impl Service {
                 state.facts()?;
                 match state.owner == from {
                     true => Ok((vec![Event::OwnerChanged { node, epoch }], ())),
-                    // Another was quicker.
+                    // Another was quicker, or the owner was alive after all.
                     false => Err(project.elsewhere(state.owner, None)),
                 }
             })
@@ -254,22 +285,27 @@ impl Service {
         }
     }
 
-    /// After the ledgers were read, which was after this node's record was renewed: what was this node's, is. Projects
-    /// from before there were owners get this one.
-    pub(super) async fn claim_known(self: &Arc<Self>) {
+    /// After the ledgers were read, which was after this node's record was renewed: what was this node's, is, unless there
+    /// may be others. Projects from before there were owners get this one.
+    pub(super) async fn claim_known(self: &Arc<Self>) -> Result<()> {
+        let is_alone = !self.nodes.has_company().await?;
         for project in self.all_projects() {
-            self.keep_if_ours(&project);
+            if is_alone && project.is_ours() {
+                self.note_kept(&project, self.nodes.term());
+            }
             if project.ledger.state().owner.is_none()
                 && let Err(error) = self.claim(&project).await
             {
                 self.report("taking over a project", &error);
             }
         }
+        self.keep_awake_projects().await;
+        Ok(())
     }
 
-    /// Notes that the project, whose ledger was read or written after this node's record was renewed, is this node's.
-    pub(super) fn keep_if_ours(&self, project: &Project) {
-        if let Some(term) = self.nodes.term().filter(|_| project.is_ours()) {
+    /// Notes that the project was seen to be this node's in this term.
+    pub(super) fn note_kept(&self, project: &Project, term: Option<u64>) {
+        if let Some(term) = term {
             project.term.store(term, Ordering::Relaxed);
         }
     }
@@ -289,11 +325,10 @@ impl Service {
 
     /// The project is another node's now: whatever still runs here is ended. Its volumes stay as they are: they may hold
     /// what was acknowledged at durability `local` and never left this node.
-    fn lose(self: &Arc<Self>, project: &Arc<Project>) {
+    async fn lose(&self, project: &Project) {
         metrics::counter!("ebb_timeline_projects_lost_total").increment(1);
         tracing::warn!(project = %project.name, "another node has taken over; the computes here are ended");
-        let (service, project) = (self.clone(), project.clone());
-        self.tasks.spawn(async move { service.drop_computes(&project).await });
+        self.drop_computes(project).await;
     }
 
     /// Ends all computes of a project without sealing.
@@ -315,18 +350,38 @@ impl Service {
         }
     }
 
-    /// Keeps this node's record, and its knowledge of the others, fresh.
+    /// Keeps this node's record fresh.
     pub(super) async fn keep_record_forever(self: &Arc<Self>) {
         let every = self.nodes.renew_every();
         loop {
             tokio::time::sleep(every.mul_f64(rand::random_range(0.9..1.0))).await;
-            let kept = async {
-                self.nodes.renew().await?;
-                self.nodes.look().await
+            // A put that hangs is not to keep the next one from being made.
+            let renewed = match tokio::time::timeout(every * 2, self.nodes.renew()).await {
+                Ok(renewed) => renewed,
+                Err(_) => Err(Error::Deadline("renewing this node's record")),
             };
-            match kept.await {
-                Ok(()) => self.look_at_awake().await,
+            match renewed {
+                Ok(true) => self.look_now.notify_one(),
+                Ok(false) => {}
                 Err(error) => self.report("renewing this node's record", &error),
+            }
+        }
+    }
+
+    /// Keeps this node's knowledge of the others fresh, and of what it owns.
+    pub(super) async fn look_at_records_forever(self: &Arc<Self>) {
+        let every = self.nodes.renew_every();
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(every.mul_f64(rand::random_range(0.9..1.0))) => {}
+                () = self.look_now.notified() => {}
+            }
+            match self.nodes.look().await {
+                Ok(()) => self.keep_awake_projects().await,
+                Err(error) => {
+                    self.nodes.tried();
+                    self.report("looking at other nodes' records", &error);
+                }
             }
         }
     }
@@ -336,9 +391,15 @@ impl Service {
         let _ = self.others.set(others);
     }
 
-    /// Whether this node renews its record: then it may take over from others.
-    pub fn is_renewing(&self) -> bool {
-        self.nodes.term().is_some()
+    /// Promises to take nothing over for this long, if the bucket is away for this node; see [`Others::hold`].
+    pub fn hold(&self, time: Duration) -> bool {
+        self.nodes.promise(time)
+    }
+
+    /// Another node says that it is about to take over from this one; see [`Others::warn`].
+    pub fn challenged(&self, by: Record) {
+        tracing::warn!(node = by.name, "another node takes this one for dead, and takes over");
+        self.nodes.challenged(by);
     }
 
     /// Whether what computes of this node have said by now may be told to clients: no other node can have taken over
@@ -357,15 +418,13 @@ impl Service {
         let mut isolated = false;
         loop {
             tokio::time::sleep(self.nodes.renew_every() / 4).await;
-            if !self.is_renewing()
-                && self.nodes.has_peers()
-                && let Some(others) = self.others.get()
-            {
-                let peers = self.nodes.peers();
-                let asked = others.are_cut_off(&peers);
-                self.nodes.excuse(tokio::time::timeout(self.nodes.renew_every(), asked).await.unwrap_or(false));
+            if !self.nodes.tick() {
+                self.look_now.notify_one();
             }
-            let now = !self.is_renewing() && !self.nodes.is_excused();
+            if let (Some(time), Some(others)) = (self.nodes.needs_hold(), self.others.get()) {
+                self.nodes.ask_to_hold(&**others, time).await;
+            }
+            let now = self.nodes.term().is_none() && !self.nodes.is_excused();
             if now && !isolated {
                 tracing::error!("the bucket cannot be reached: other nodes may take over, so all computes are ended");
                 metrics::counter!("ebb_timeline_isolations_total").increment(1);
@@ -378,18 +437,26 @@ impl Service {
         }
     }
 
-    /// Finds out whether projects that are awake here were taken over.
-    async fn look_at_awake(self: &Arc<Self>) {
+    /// Finds out whether projects that are awake here were taken over, and ends what was. After that what is still awake
+    /// may be heard, in a new term, too.
+    pub(super) async fn keep_awake_projects(self: &Arc<Self>) {
+        let Some(term) = self.nodes.term() else { return };
         let awake: Vec<_> = self.all_projects().into_iter().filter(|project| project.is_awake_here()).collect();
         stream::iter(awake)
             .for_each_concurrent(PARALLEL, |project| async move {
-                match project.ledger.refresh().await {
-                    Ok(_) if project.is_ours() => {}
-                    Ok(_) => self.lose(&project),
-                    Err(error) => self.report("reading a ledger", &error),
+                let known = project.term.load(Ordering::Relaxed) == term;
+                let kept = match known {
+                    true => project.ledger.refresh().await.map(drop),
+                    false => self.claim(&project).await,
+                };
+                match kept {
+                    Ok(()) if project.is_ours() => {}
+                    Err(error) if known => self.report("reading a ledger", &error),
+                    _ => self.lose(&project).await,
                 }
             })
             .await;
+        self.nodes.confirm(term);
     }
 
     /// Keeps up with what other nodes record.

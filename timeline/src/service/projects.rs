@@ -158,9 +158,10 @@ impl Service {
             Event::OwnerChanged { node: self.nodes.me(), epoch: 1 },
         ];
         events.extend(then);
+        let term = self.nodes.term();
         project.ledger.append(&caller.actor, Some(op), |_| Ok((events.clone(), ()))).await?;
         self.catalog.append(&caller.actor, None, |_| Ok((vec![CatalogEvent::Opened { project: id }], ()))).await?;
-        self.keep_if_ours(&project);
+        self.note_kept(&project, term);
         tracing::info!(project = %request.name, "project made");
         Ok(project)
     }

@@ -69,6 +69,7 @@ impl Service {
                     self.collect_forever(),
                     self.watch_wal_forever(),
                     self.keep_record_forever(),
+                    self.look_at_records_forever(),
                     self.watch_record_forever(),
                     self.look_at_others_forever(),
                     self.keep_up_forever(),

@@ -348,10 +348,17 @@ impl Peers {
 
 #[async_trait]
 impl Others for Peers {
-    async fn are_cut_off(&self, nodes: &[Record]) -> bool {
-        let asked = nodes.iter().map(|node| bounded(ANSWER_WITHIN, self.ask(node, &Request::Renewing)));
+    async fn hold(&self, nodes: &[Record], time: Duration) -> bool {
+        let request = Request::Hold { time_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX) };
+        let asked = nodes.iter().map(|node| bounded(ANSWER_WITHIN, self.ask(node, &request)));
         let answers = futures::future::join_all(asked).await;
-        answers.into_iter().all(|answer| matches!(answer, Ok((_, Reply::Renewing { renewing: false }))))
+        answers.into_iter().all(|answer| matches!(answer, Ok((_, Reply::Held { held: true }))))
+    }
+
+    async fn warn(&self, node: &Record, of: &Record) {
+        if let Err(error) = bounded(ANSWER_WITHIN, self.ask(node, &Request::TakeOver { by: of.clone() })).await {
+            tracing::debug!(node = node.name, ?error, "a node that is gone could not be told so");
+        }
     }
 }
 

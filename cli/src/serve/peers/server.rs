@@ -78,8 +78,13 @@ impl PeerServer {
                 };
                 wire::send(&mut stream, &reply).await
             }
-            Request::Renewing => {
-                wire::send(&mut stream, &Reply::Renewing { renewing: self.service.is_renewing() }).await
+            Request::Hold { time_ms } => {
+                let held = self.service.hold(Duration::from_millis(time_ms));
+                wire::send(&mut stream, &Reply::Held { held }).await
+            }
+            Request::TakeOver { by } => {
+                self.service.challenged(by);
+                wire::send(&mut stream, &Reply::Ready).await
             }
             Request::Verifier { branch, role } => {
                 let reply = match self.verifier(branch, &role).await {

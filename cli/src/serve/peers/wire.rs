@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use ebb_timeline::clients::{Rest, SessionRow};
+use ebb_timeline::nodes::Record;
 use ebb_types::{BranchId, NodeId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -28,8 +29,10 @@ pub enum Request {
     Connect { guest: NodeId, branch: BranchId },
     /// The verifier of a role.
     Verifier { branch: BranchId, role: String },
-    /// Whether the node renews its record.
-    Renewing,
+    /// Promise to take nothing over for so long, if you cannot renew your record.
+    Hold { time_ms: u64 },
+    /// You have not renewed your record: I take over from you.
+    TakeOver { by: Record },
     /// From the answer on, every byte is for the API.
     Api,
     /// From the answer on: orders to the guest, and its news.
@@ -44,8 +47,8 @@ pub enum Reply {
     Ready,
     /// It is awake, in this generation of its computes.
     Awake { generation: u64 },
-    /// Whether it renews its record.
-    Renewing { renewing: bool },
+    /// Whether it is promised.
+    Held { held: bool },
     /// The verifier, if the role may log in.
     Verifier { verifier: Option<String> },
     /// Another node owns it, or is about to: look again.

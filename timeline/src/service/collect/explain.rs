@@ -140,6 +140,7 @@ fn takes_away(event: &Event) -> bool {
         | Event::OperationUndone { .. } => true,
         Event::ProjectCreated { .. }
         | Event::OwnerChanged { .. }
+        | Event::OwnerKept { .. }
         | Event::BranchCreated { .. }
         | Event::BranchChanged { .. }
         | Event::CheckpointCreated { .. }

@@ -107,7 +107,7 @@ async fn a_node_that_is_gone_is_taken_over_and_can_do_nothing_when_it_comes_back
     assert!(old.wake(prod).await.unwrap_err().is_elsewhere());
     while rig.node.is_running(prod) || !rig.clients.lost.lock().unwrap().iter().any(|(branch, _)| *branch == prod) {
         // By the wake's refusal; what it refreshes anyway while something is awake would find it, too.
-        old.look_at_awake().await;
+        old.keep_awake_projects().await;
         tokio::task::yield_now().await;
     }
     assert!(matches!(old.place(prod).await.unwrap(), Place::There(record) if record.name == "new"));
@@ -232,15 +232,19 @@ async fn a_project_is_handed_over_and_back_with_all_that_it_has() {
     assert_eq!(one.project("shop").unwrap().ledger.verify().await.unwrap().fault, None);
 }
 
-/// Other nodes that all say whether they are cut off.
+/// Other nodes that all promise, or do not; and who was warned of whom.
 #[derive(Debug, Default)]
-struct Says(AtomicBool);
+struct Says(AtomicBool, std::sync::Mutex<Vec<(NodeId, NodeId)>>);
 
 #[async_trait]
 impl Others for Says {
-    async fn are_cut_off(&self, nodes: &[Record]) -> bool {
+    async fn hold(&self, nodes: &[Record], _: Duration) -> bool {
         assert!(!nodes.is_empty());
         self.0.load(Ordering::SeqCst)
+    }
+
+    async fn warn(&self, node: &Record, of: &Record) {
+        self.1.lock().unwrap().push((node.node, of.node));
     }
 }
 
@@ -325,4 +329,75 @@ async fn what_another_node_makes_and_deletes_is_seen() {
     }
     stop.cancel();
     run.await.unwrap();
+}
+
+#[tokio::test]
+async fn who_takes_over_says_so_first() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    let other = beside(&rig).await;
+    let new = open(&other, "new").await;
+    let says = Arc::new(Says::default());
+    new.set_others(says.clone());
+    until_gone(&new, prod).await;
+    assert!(says.1.lock().unwrap().is_empty());
+    new.wake(prod).await.unwrap();
+    assert_eq!(*says.1.lock().unwrap(), [(old.node_id(), new.node_id())]);
+}
+
+#[tokio::test]
+async fn a_takeover_that_was_decided_before_the_owner_came_back_is_refused() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    write(&rig, &old, prod, "a").await;
+    checkpoint(&old, "c").await.unwrap();
+    old.upload_pending().await.unwrap();
+    let other = beside(&rig).await;
+    let new = open(&other, "new").await;
+    until_gone(&new, prod).await;
+    let project = new.project("shop").unwrap();
+    let seen = project.ledger.refresh().await.unwrap().owner;
+
+    // Its record had expired, and it comes back before the other one has written anything.
+    old.nodes.renew().await.unwrap();
+    old.nodes.look().await.unwrap();
+    assert!(!old.may_answer());
+    old.keep_awake_projects().await;
+    assert!(old.may_answer() && rig.node.is_running(prod));
+    let refused = new.take_over(&project, seen).await.unwrap_err();
+    assert!(refused.is_elsewhere(), "{refused:?}");
+    assert_eq!(owner(&old).epoch, 1, "its volumes stay what they are");
+    assert_eq!(rows(&rig, &old, prod).await, ["a"]);
+}
+
+#[tokio::test]
+async fn a_compute_that_started_while_its_project_was_lost_serves_nobody() {
+    let rig = Rig::new().await;
+    let old = open(&rig, "old").await;
+    let prod = create(&old).await;
+    write(&rig, &old, prod, "a").await;
+    checkpoint(&old, "c").await.unwrap();
+    old.upload_pending().await.unwrap();
+    old.suspend_compute(&caller(), "shop", "prod").await.unwrap();
+    old.upload_pending().await.unwrap();
+    let other = beside(&rig).await;
+    let new = open(&other, "new").await;
+
+    let pauses = [Arc::new(tokio::sync::Notify::new()), Arc::new(tokio::sync::Notify::new())];
+    rig.node.0.lock().start_pauses = Some(pauses.clone());
+    let waking = tokio::spawn({
+        let old = old.clone();
+        async move { old.wake(prod).await }
+    });
+    pauses[0].notified().await;
+    until_gone(&new, prod).await;
+    assert_eq!(rows(&other, &new, prod).await, ["a"]);
+    old.nodes.renew().await.unwrap();
+    new.nodes.renew().await.unwrap();
+    old.keep_awake_projects().await;
+    pauses[1].notify_one();
+    assert!(waking.await.unwrap().unwrap_err().is_elsewhere());
+    assert!(!rig.node.is_running(prod));
 }
