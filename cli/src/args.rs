@@ -11,6 +11,10 @@ use ebb_timeline::drill::Probe;
 use ebb_timeline::upkeep::Schedule;
 use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
 
+mod release;
+
+pub use release::{LedgerCommand, ReleaseCommand};
+
 /// Where the API is unless told otherwise.
 pub const DEFAULT_API: &str = "http://127.0.0.1:7432";
 
@@ -618,45 +622,6 @@ pub enum ComputeAct {
     Status {
         /// PROJECT/BRANCH
         branch: BranchRef,
-    },
-}
-
-/// `ebb release …`
-#[derive(Debug, Subcommand)]
-pub enum ReleaseCommand {
-    /// Checkpoint prod, run the new migrations/*.sql of DIR, switch the project's symlink to its code
-    #[command(after_help = "Example:\n  ebb release create shop --artifact ./build")]
-    Create {
-        /// The project
-        project: ProjectName,
-        /// The directory with the code and migrations/*.sql
-        #[arg(long, value_name = "DIR")]
-        artifact: PathBuf,
-        #[command(flatten)]
-        key: IdempotencyKey,
-    },
-    /// List a project's releases
-    #[command(after_help = "Example:\n  ebb release list shop")]
-    List {
-        /// The project
-        project: ProjectName,
-    },
-}
-
-/// `ebb ledger …`
-#[derive(Debug, Subcommand)]
-pub enum LedgerCommand {
-    /// List every act on a project
-    #[command(after_help = "Example:\n  ebb ledger list shop")]
-    List {
-        /// The project
-        project: ProjectName,
-    },
-    /// Check the hash chain of a project's ledger
-    #[command(after_help = "Example:\n  ebb ledger verify shop")]
-    Verify {
-        /// The project
-        project: ProjectName,
     },
 }
 

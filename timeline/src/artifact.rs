@@ -18,10 +18,14 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::error::LocalContext as _;
+use crate::release_file::{self, ReleaseFile};
 use crate::{Error, Refusal, Result, files};
 
 /// LIMIT: what is fetched from the bucket passes through memory; code, not data, belongs in an artifact.
 const ARTIFACT_BYTES_MAX: u64 = 512 << 20;
+
+/// The directory of an artifact's migrations, unless it names another.
+pub const MIGRATIONS_DIR: &str = "migrations";
 
 /// zstd's default level: code compresses well, and a release waits for it.
 const ZSTD_LEVEL: i32 = 3;
@@ -129,10 +133,19 @@ impl Artifacts {
         Ok(path)
     }
 
-    /// The migrations of an artifact of this node: `migrations/*.sql`, by name.
-    pub async fn migrations(&self, name: &str) -> Result<Vec<Migration>> {
-        let dir = self.path(name).join("migrations");
+    /// The migrations of an artifact of this node: `*.sql` in a directory of it, by name.
+    pub async fn migrations(&self, name: &str, dir: &str) -> Result<Vec<Migration>> {
+        let dir = self.path(name).join(dir);
         blocking(move || read_migrations(&dir)).await
+    }
+
+    /// What an artifact of this node says of itself, if it does.
+    ///
+    /// # Errors
+    /// Everything that is wrong with that.
+    pub async fn described(&self, name: &str) -> Result<Option<ReleaseFile>> {
+        let path = self.path(name);
+        blocking(move || read_release_file(&path)).await
     }
 
     fn copy_in(&self, source: &Path) -> Result<String> {
@@ -177,7 +190,11 @@ impl Artifacts {
             files::remove_dir(temp)?;
         } else {
             settle_tree(temp)?;
-            fs::rename(temp, &path).on("rename", temp)?;
+            match fs::rename(temp, &path) {
+                // Somebody else has taken the same content in meanwhile.
+                Err(_) if path.is_dir() => files::remove_dir(temp)?,
+                renamed => renamed.on("rename", temp)?,
+            }
             files::sync_dir(&self.dir)?;
         }
         Ok(name)
@@ -371,7 +388,26 @@ fn collect(dir: &Path, prefix: &mut Vec<u8>, items: &mut Vec<(Vec<u8>, Item)>) -
     Ok(())
 }
 
-fn read_migrations(dir: &Path) -> Result<Vec<Migration>> {
+/// Reads a directory's `ebb.toml`, if it has one.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn read_release_file(dir: &Path) -> Result<Option<ReleaseFile>> {
+    let path = dir.join(release_file::FILE_NAME);
+    let bytes = match fs::metadata(&path) {
+        Ok(found) if found.len() > release_file::BYTES_MAX => {
+            return Err(invalid(format!("{path:?} is larger than {} bytes", release_file::BYTES_MAX)));
+        }
+        Ok(_) => fs::read(&path).on("read", &path)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).on("read", &path),
+    };
+    let text = String::from_utf8(bytes).map_err(|_| invalid(format!("{path:?} is not UTF-8")))?;
+    Ok(Some(release_file::read(&text).map_err(Refusal::ReleaseFile)?))
+}
+
+/// Reads the migrations of a directory: `*.sql`, by name; none if there is no such directory.
+pub fn read_migrations(dir: &Path) -> Result<Vec<Migration>> {
     let mut migrations = Vec::new();
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -425,7 +461,8 @@ mod tests {
         sample(&source);
         let name = artifacts.take(&source).await.unwrap().name;
         assert_eq!(artifacts.take(&source).await.unwrap().name, name);
-        let names: Vec<_> = artifacts.migrations(&name).await.unwrap().into_iter().map(|one| one.name).collect();
+        let names: Vec<_> =
+            artifacts.migrations(&name, MIGRATIONS_DIR).await.unwrap().into_iter().map(|one| one.name).collect();
         assert_eq!(names, ["1.sql", "2.sql"]);
 
         files::remove_dir(&artifacts.path(&name)).unwrap();

@@ -9,15 +9,21 @@ use ebb_types::{
     AllowList, BranchId, BranchName, CheckpointName, LayerId, Lsn, OperationId, Point, ReleaseId, Timestamp,
 };
 
-use crate::api::types::{Parent, SetAside};
+use crate::api::types::Parent;
 use crate::clients::Pinned;
+use crate::deploy::Rehearsal;
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
 use crate::machine::ReleaseStage;
 use crate::node::Sealed;
+use crate::release_file::ReleaseFile;
 use crate::state::{Branch, Operation, ProjectState, Release};
 use crate::upkeep::UpkeepChange;
+
+mod releases;
+
+pub use releases::{Did, deployed_now};
 
 /// The branch that releases go to; it cannot be deleted.
 pub const PROD: &str = "prod";
@@ -120,6 +126,15 @@ pub enum Ask {
         artifact: String,
         /// File names of its migrations, in order.
         migrations: Vec<String>,
+        /// What it says of itself, if it does.
+        file: Option<Box<ReleaseFile>>,
+    },
+    /// An artifact tried on a copy of `prod`, and only that.
+    Rehearse {
+        /// BLAKE3 of it, in hex.
+        artifact: String,
+        /// What it says of itself.
+        file: Box<ReleaseFile>,
     },
     /// Code and data back to a release.
     Rollback {
@@ -226,6 +241,20 @@ pub enum Command {
         /// What came of it.
         found: Found,
     },
+    /// A step of a release that describes itself came to something.
+    Deployed {
+        /// Which operation.
+        op: OperationId,
+        /// What it came to.
+        did: Did,
+    },
+    /// A rehearsal that is no part of a release is over.
+    Rehearsed {
+        /// Which operation.
+        op: OperationId,
+        /// What it showed.
+        report: Rehearsal,
+    },
     /// A drill is over.
     Drilled {
         /// Which operation.
@@ -276,6 +305,8 @@ pub fn decide(state: &ProjectState, command: &Command) -> Result<Vec<Event>, Ref
             }
             Ok(step_events(state, operation, *step, *found))
         }
+        Command::Deployed { op, did } => releases::deploy_events(state, *op, did),
+        Command::Rehearsed { op, report } => releases::rehearsed_events(state, *op, report),
         Command::Drilled { op, drilled } => drill_events(state, *op, drilled),
         Command::Undo { op, why } => {
             let operation = running(state, *op)?;
@@ -384,16 +415,11 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
             let rescue = rescue(state, id, branch, fresh);
             Ok(Plan::Restore { branch: id, to: to.clone(), layer, seal, rescue, replay })
         }
-        Ask::Release { artifact, .. } => {
-            let (branch, prod) = state.branch(PROD)?;
-            free(state, branch)?;
-            let name = format!("v{}", state.releases.len() + 1);
-            let checkpoint = free_checkpoint_name(prod, &format!("before-{name}"));
-            Ok(Plan::Release { release: fresh.release, name, branch, artifact: artifact.clone(), checkpoint, seal })
-        }
+        Ask::Release { .. } => releases::plan_release(state, ask, fresh),
+        Ask::Rehearse { artifact, file } => releases::plan_rehearsal(state, artifact, file, fresh),
         Ask::Rollback { to, lsn, next_xid, layers } => {
             let now = Found { lsn: *lsn, next_xid: *next_xid, ..Found::default() };
-            plan_rollback(state, to, now, *layers, fresh)
+            releases::plan_rollback(state, to, now, *layers, fresh)
         }
         Ask::Suspend { branch } => {
             let (branch, _) = state.branch(branch)?;
@@ -446,71 +472,6 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
 pub fn import(name: &BranchName, origin: &Origin, dev: Option<BranchId>, fresh: &Fresh) -> Plan {
     let Fresh { branch, layer, scratch, .. } = *fresh;
     Plan::Import { branch, name: name.clone(), origin: origin.clone(), layer, scratch, dev }
-}
-
-/// What must be true of a release to go back to it, and what then happens.
-///
-/// "Back to v1" means: `v1`'s code, and the data as it was just before the release after `v1` touched anything. That is
-/// the checkpoint of the first release since (failed ones included: their earlier migrations may have been applied)
-/// that was not itself taken back.
-fn plan_rollback(state: &ProjectState, to: &str, now: Found, layers: u64, fresh: &Fresh) -> Result<Plan, Refusal> {
-    let (branch, prod) = state.branch(PROD)?;
-    let target = state.release(to)?;
-    let no_way = |why: &str, advice: String| {
-        Err(Refusal::NoWayBack { release: target.name.clone(), why: why.to_owned(), advice })
-    };
-    match target.stage {
-        ReleaseStage::Deployed => {}
-        ReleaseStage::Deploying => return no_way("it is being deployed", "Wait until it is done.".to_owned()),
-        ReleaseStage::Failed => {
-            let advice = format!(
-                "Go back to the release before it, or restore the data alone: ebb branch restore PROJECT/prod --to {}.",
-                target.checkpoint
-            );
-            return no_way("it failed and never was in service", advice);
-        }
-        ReleaseStage::RolledBack => {
-            let advice =
-                "Its data is on a rescue branch of prod; deploy its artifact again to have its code.".to_owned();
-            return no_way("it was taken back itself", advice);
-        }
-    }
-    let releases: Vec<&Release> = state
-        .releases
-        .iter()
-        .skip_while(|release| release.id != target.id)
-        .skip(1)
-        .filter(|release| release.stage != ReleaseStage::RolledBack)
-        .collect();
-    let Some(next) = releases.first() else {
-        let advice = format!(
-            "Nothing was deployed after it. To take back the data alone: ebb branch restore PROJECT/prod --to {}.",
-            target.checkpoint
-        );
-        return no_way("it is the latest release", advice);
-    };
-    let checkpoint = prod.checkpoint(next.checkpoint.as_str())?;
-    free(state, branch)?;
-    let since = |now: Option<u64>, then: Option<u64>| now.zip(then).and_then(|(now, then)| now.checked_sub(then));
-    let set_aside = SetAside {
-        transactions: since(now.next_xid, checkpoint.next_xid),
-        wal_bytes: since(now.lsn.map(|lsn| lsn.0), checkpoint.lsn.map(|lsn| lsn.0)),
-        releases: releases.iter().map(|release| release.name.clone()).collect(),
-        layers,
-        since: checkpoint.created_at,
-    };
-    Ok(Plan::Rollback {
-        branch,
-        to: target.id,
-        artifact: target.artifact.clone(),
-        releases: releases.iter().map(|release| release.id).collect(),
-        code_from: state.code.and_then(|code| state.release_by_id(code)).map(|release| release.artifact.clone()),
-        set_aside,
-        checkpoint: checkpoint.name.clone(),
-        layer: checkpoint.layer,
-        seal: fresh.layer,
-        rescue: rescue(state, branch, prod, fresh),
-    })
 }
 
 /// The layer of a point, or how one comes about; neither for the head, which may have to be sealed first.
@@ -717,7 +678,7 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
         _ => {}
     }
     events.push(Event::StepDone { step, end: found.end.filter(|_| step == Step::Replay) });
-    if operation.done.len() + 1 == plan.steps().len() {
+    if operation.is_at_last_step() {
         events.push(Event::OperationDone);
     }
     events

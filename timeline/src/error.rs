@@ -152,6 +152,23 @@ pub enum Refusal {
     /// No import of that identifier is known to this service.
     #[error("there is no import {0} that was begun since the service started")]
     NoImport(OperationId),
+    /// The artifact is the release that is in service.
+    #[error("the artifact is release {release:?}, which is in service")]
+    Deployed {
+        /// The release.
+        release: String,
+    },
+    /// The release describes itself wrongly.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    ReleaseFile(Vec<crate::release_file::Fault>),
+    /// What the release needs is not there.
+    #[error("the release needs secrets that are not there: {}", .names.join(", "))]
+    MissingSecrets {
+        /// Their names.
+        names: Vec<String>,
+        /// The directory that they are to be in.
+        dir: PathBuf,
+    },
     /// A field of the request makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -179,9 +196,13 @@ impl Refusal {
             | Refusal::Kept { .. }
             | Refusal::CheckpointKept { .. }
             | Refusal::NoWayBack { .. }
+            | Refusal::Deployed { .. }
+            | Refusal::MissingSecrets { .. }
             | Refusal::TooLate(_) => ErrorKind::Conflict,
             Refusal::TooManyVisits { .. } => ErrorKind::Unavailable,
-            Refusal::OutsideWindow { .. } | Refusal::Unconfirmed(_) | Refusal::Invalid(_) => ErrorKind::Invalid,
+            Refusal::OutsideWindow { .. } | Refusal::Unconfirmed(_) | Refusal::ReleaseFile(_) | Refusal::Invalid(_) => {
+                ErrorKind::Invalid
+            }
         }
     }
 }
@@ -211,7 +232,11 @@ impl Hint for Refusal {
             Refusal::NoImport(_) => {
                 Some("One that was interrupted is undone. What became of it: ebb ledger list PROJECT.".to_owned())
             }
-            Refusal::Gone(_) | Refusal::Invalid(_) | Refusal::TooLate(_) => None,
+            Refusal::ReleaseFile(_) => Some("`ebb release check DIR` tells the same without a server.".to_owned()),
+            Refusal::MissingSecrets { dir, .. } => {
+                Some(format!("Put each into a file of its name in {}. Nothing was touched.", dir.display()))
+            }
+            Refusal::Gone(_) | Refusal::Deployed { .. } | Refusal::Invalid(_) | Refusal::TooLate(_) => None,
         }
     }
 }
@@ -244,6 +269,16 @@ pub enum Error {
         /// What Postgres said, with its SQLSTATE.
         message: String,
         /// What to do.
+        advice: String,
+    },
+    /// A release does not work, or was given up. What became of it is recorded.
+    #[error("release {release:?} failed: {fault}")]
+    Release {
+        /// Its name.
+        release: String,
+        /// Why.
+        fault: String,
+        /// How things stand, and what to do.
         advice: String,
     },
     /// The sessions that could not be set aside in time.
@@ -353,7 +388,7 @@ impl Error {
             Error::Refused(refusal) => refusal.kind(),
             Error::Ledger { .. } | Error::Damaged(_) => ErrorKind::Corrupt,
             Error::Drill { kind, .. } => *kind,
-            Error::Migration { .. } | Error::Import { .. } => ErrorKind::Invalid,
+            Error::Migration { .. } | Error::Release { .. } | Error::Import { .. } => ErrorKind::Invalid,
             Error::KeptAwake { .. } => ErrorKind::Conflict,
             Error::DiskFull { .. } | Error::Deadline(_) | Error::Isolated | Error::Stopping | Error::Postgres(_) => {
                 ErrorKind::Unavailable
@@ -427,7 +462,7 @@ impl Hint for Error {
     fn hint(&self) -> Option<String> {
         match self {
             Error::Refused(refusal) => refusal.hint(),
-            Error::Migration { advice, .. } => Some(advice.clone()),
+            Error::Migration { advice, .. } | Error::Release { advice, .. } => Some(advice.clone()),
             Error::KeptAwake { sessions, .. } => Some(format!("Sessions: {}.", sessions.join("; "))),
             Error::DiskFull { .. } => {
                 Some("Free disk space, or lower the reserve with EBB_MIN_FREE_BYTES, then try again.".to_owned())

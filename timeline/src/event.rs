@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
 use crate::clients::Pinned;
+use crate::deploy::{Described, GoingBack, MigrationRun, Probed, Rehearsal};
 use crate::drill::{Fault, Probe, Report, TableRows};
+use crate::release_file::ReleaseFile;
 use crate::upkeep::UpkeepChange;
 
 /// One thing that happened in a project.
@@ -178,6 +180,61 @@ pub enum Event {
         to: ReleaseId,
         /// What was taken back.
         releases: Vec<ReleaseId>,
+    },
+    /// A release was tried on a copy of `prod`.
+    ReleaseRehearsed {
+        /// Which.
+        release: ReleaseId,
+        /// What that showed.
+        report: Rehearsal,
+    },
+    /// The migrations of a release are in.
+    ReleaseMigrated {
+        /// Which.
+        release: ReleaseId,
+        /// Those that were applied, in order.
+        runs: Vec<MigrationRun>,
+        /// How many transactions that took, at least.
+        transactions: u64,
+    },
+    /// The probes of a release were asked.
+    ReleaseProbed {
+        /// Which.
+        release: ReleaseId,
+        /// What they came to, up to the first that was not answered right.
+        probes: Vec<Probed>,
+    },
+    /// The release does not work, and is taken back by itself. From here on its operation only goes back.
+    ReleaseGoesBack {
+        /// Which.
+        release: ReleaseId,
+        /// Why.
+        fault: String,
+        /// How many of the transactions since its checkpoint are its own, at least.
+        transactions: u64,
+        /// Where to.
+        back: GoingBack,
+    },
+    /// The release does not work, and nothing is taken back by itself.
+    ReleaseStays {
+        /// Which.
+        release: ReleaseId,
+        /// Why, and why nothing is taken back.
+        fault: String,
+    },
+    /// The release was taken back.
+    ReleaseTakenBack {
+        /// Which.
+        release: ReleaseId,
+        /// Whose code is the project's code again; none if there was none before it.
+        to: Option<ReleaseId>,
+        /// Whether the data went back, too.
+        data: bool,
+    },
+    /// An artifact was tried on a copy of `prod`, and only that.
+    Rehearsed {
+        /// What that showed.
+        report: Rehearsal,
     },
     /// A point was restored out of the bucket alone, and is what it should be.
     DrillPassed {
@@ -403,6 +460,22 @@ pub enum Plan {
         checkpoint: CheckpointName,
         /// What sealing for it makes.
         seal: LayerId,
+        /// For one that describes itself (`ebb.toml`).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        described: Option<Box<Described>>,
+    },
+    /// Try an artifact on a copy of `prod`, and only that.
+    Rehearse {
+        /// The branch: `prod`.
+        branch: BranchId,
+        /// BLAKE3 of the artifact, in hex.
+        artifact: String,
+        /// The layer that the copy is made from.
+        layer: LayerId,
+        /// Names the copy.
+        scratch: BranchId,
+        /// What it says of itself.
+        file: Box<ReleaseFile>,
     },
     /// Take code and data back to a release.
     Rollback {
@@ -563,6 +636,12 @@ pub enum Step {
     Settle,
     /// Restore beside everything else, check, and clean up.
     Verify,
+    /// Try migrations and SQL probes on a copy, and remove that.
+    Rehearse,
+    /// Ask the probes.
+    Probe,
+    /// Take back what does not work: the one entry that changes what a branch and the code are.
+    Return,
 }
 
 impl Plan {
@@ -575,7 +654,9 @@ impl Plan {
     /// | suspend | `Record`\*: fence, stop, seal | release the fence |
     /// | delete branch | `Switch`\*: fence, discard the compute; branch gone. `Sweep`: its directory | release the fence |
     /// | restore | `Replay`, for a moment between seals. `Switch`\*: fence, stop, seal; old head to the rescue branch, head moved. `Sweep`: the old volume | release the fence |
-    /// | release | `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink | the release has failed; checkpoint and earlier migrations stay |
+    /// | release | `Rehearse`, if it describes itself. `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink. `Probe`, if it describes itself | the release has failed; checkpoint and earlier migrations stay |
+    /// | release that goes back by itself\* | `Return`: fence, stop, seal; data and code in one entry. `Code`. `Sweep`, if data goes back | – |
+    /// | rehearse | `Rehearse` | the copy is removed |
     /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
     /// | export | `Replay`, for a moment between seals. `Write` | the directory, or the dump, is removed |
     /// | wake | `Start` | nothing to do |
@@ -593,7 +674,14 @@ impl Plan {
                 &[Step::Record]
             }
             Plan::DeleteBranch { .. } | Plan::Restore { .. } => &[Step::Switch, Step::Sweep],
+            Plan::Release { described: Some(described), .. } if described.file.policy.rehearse => {
+                &[Step::Rehearse, Step::Checkpoint, Step::Migrate, Step::Switch, Step::Code, Step::Probe]
+            }
+            Plan::Release { described: Some(_), .. } => {
+                &[Step::Checkpoint, Step::Migrate, Step::Switch, Step::Code, Step::Probe]
+            }
             Plan::Release { .. } => &[Step::Checkpoint, Step::Migrate, Step::Switch, Step::Code],
+            Plan::Rehearse { .. } => &[Step::Rehearse],
             Plan::Rollback { .. } => &[Step::Switch, Step::Code, Step::Sweep],
             Plan::Export { .. } => &[Step::Write],
             Plan::Wake { .. } => &[Step::Start],
@@ -613,9 +701,10 @@ impl Plan {
     pub fn holds(&self) -> Option<BranchId> {
         match self {
             // Replaying takes a while, and touches nothing of the source; nor do dumping and drills.
-            Plan::CreateBranch { replay: Some(_), .. } | Plan::Export { dump: Some(_), .. } | Plan::Drill { .. } => {
-                None
-            }
+            Plan::CreateBranch { replay: Some(_), .. }
+            | Plan::Export { dump: Some(_), .. }
+            | Plan::Drill { .. }
+            | Plan::Rehearse { .. } => None,
             Plan::CreateBranch { source: branch, .. }
             | Plan::DeleteBranch { branch, .. }
             | Plan::CreateCheckpoint { branch, .. }
@@ -655,6 +744,7 @@ impl Plan {
             | Plan::Wake { .. }
             | Plan::MoveProject { .. }
             | Plan::Drill { .. }
+            | Plan::Rehearse { .. }
             | Plan::ShowUrl { .. } => None,
         }
     }
@@ -674,6 +764,8 @@ impl Plan {
     pub fn scratch(&self) -> Option<BranchId> {
         match self {
             Plan::Export { dump: Some(dump), .. } => Some(dump.scratch),
+            Plan::Rehearse { scratch, .. } => Some(*scratch),
+            Plan::Release { described: Some(described), .. } => Some(described.scratch),
             plan => plan.replay().map(|replay| replay.scratch),
         }
     }
@@ -690,6 +782,7 @@ impl Plan {
             Plan::DeleteCheckpoint { .. } => "delete checkpoint",
             Plan::Restore { .. } => "restore",
             Plan::Release { .. } => "release",
+            Plan::Rehearse { .. } => "rehearse",
             Plan::Rollback { .. } => "rollback",
             Plan::Suspend { .. } => "suspend",
             Plan::Wake { .. } => "wake",

@@ -70,6 +70,7 @@ impl Phase {
 ///
 /// ```text
 ///   Deploying ── Deploy ──► Deployed ──┐
+///       │                    │ Fail    │
 ///       └─────── Fail ────► Failed ────┴─ TakeBack ──► RolledBack
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +80,8 @@ pub enum ReleaseStage {
     Deploying,
     /// Its migrations are in, its code was switched to.
     Deployed,
-    /// A step failed. Migrations before the failed one stay until a rollback takes the data back.
+    /// A step failed, or its code was taken back. Migrations before the failed one stay until a rollback takes the data
+    /// back.
     Failed,
     /// A rollback went back to before it.
     RolledBack,
@@ -90,7 +92,7 @@ pub enum ReleaseStage {
 pub enum ReleaseEvent {
     /// The code was switched to it.
     Deploy,
-    /// A step failed.
+    /// A step failed, or its code was taken back alone.
     Fail,
     /// A rollback went back to before it.
     TakeBack,
@@ -104,10 +106,11 @@ impl ReleaseStage {
     pub fn next(self, event: ReleaseEvent) -> Result<Self, IllegalEvent> {
         match (self, event) {
             (ReleaseStage::Deploying, ReleaseEvent::Deploy) => Ok(ReleaseStage::Deployed),
-            (ReleaseStage::Deploying, ReleaseEvent::Fail) => Ok(ReleaseStage::Failed),
+            (ReleaseStage::Deploying | ReleaseStage::Deployed, ReleaseEvent::Fail) => Ok(ReleaseStage::Failed),
             (ReleaseStage::Deployed | ReleaseStage::Failed, ReleaseEvent::TakeBack) => Ok(ReleaseStage::RolledBack),
             (ReleaseStage::Deploying, ReleaseEvent::TakeBack)
-            | (ReleaseStage::Deployed | ReleaseStage::Failed, ReleaseEvent::Deploy | ReleaseEvent::Fail)
+            | (ReleaseStage::Deployed | ReleaseStage::Failed, ReleaseEvent::Deploy)
+            | (ReleaseStage::Failed, ReleaseEvent::Fail)
             | (ReleaseStage::RolledBack, _) => Err(illegal("a release", self, event)),
         }
     }

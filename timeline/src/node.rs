@@ -26,7 +26,6 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::artifact::Migration;
 use crate::decide::Found;
 use crate::error::LocalContext as _;
 use crate::event::Replay;
@@ -37,9 +36,11 @@ mod dump;
 mod foreign;
 mod import;
 mod pending;
+mod rehearse;
 mod replay;
 mod visit;
 
+pub use rehearse::Rehearsing;
 pub use visit::{Visited, Visiting};
 
 pub(crate) use dump::remove_unfinished_dump;
@@ -86,7 +87,7 @@ pub struct Start {
 
 /// What operations need of a machine. Every method may be called again after it failed or was cut off.
 #[async_trait]
-pub trait Node: drill::Drills + Foreign + Visiting + Debug + Send + Sync + 'static {
+pub trait Node: drill::Drills + Foreign + Rehearsing + Visiting + Debug + Send + Sync + 'static {
     /// The newest installed major version of Postgres, or the wanted one if it is installed.
     fn pg_major(&self, wanted: Option<u32>) -> Result<u32>;
 
@@ -134,7 +135,7 @@ pub trait Node: drill::Drills + Foreign + Visiting + Debug + Send + Sync + 'stat
     async fn positions(&self, branch: BranchId) -> Result<Found>;
 
     /// Runs the pending migrations on the running compute.
-    async fn migrate(&self, branch: BranchId, release: &str, migrations: &[Migration]) -> Result<Vec<String>>;
+    async fn migrate(&self, branch: BranchId, order: &migrate::Order) -> Result<migrate::Migrated>;
 
     /// Removes the branch's volume (its sealed layers stay). The compute must not run.
     async fn remove_volume(&self, branch: BranchId) -> Result<()>;
@@ -665,9 +666,9 @@ impl Node for LocalNode {
         }
     }
 
-    async fn migrate(&self, branch: BranchId, release: &str, migrations: &[Migration]) -> Result<Vec<String>> {
+    async fn migrate(&self, branch: BranchId, order: &migrate::Order) -> Result<migrate::Migrated> {
         match self.unit(branch) {
-            Some(unit) => migrate::run(&unit.socket(), release, migrations).await,
+            Some(unit) => migrate::run(&unit.socket(), order).await,
             None => Err(ebb_compute::Error::Gone.into()),
         }
     }

@@ -143,7 +143,7 @@ pub fn roots(state: &ProjectState) -> Vec<Root> {
     for (&operation, open) in &state.operations {
         let layer = match &open.plan {
             plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
-            Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
+            Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } | Plan::Rehearse { layer, .. } => Some(*layer),
             Plan::CreateBranch { layer, .. } | Plan::Export { layer, .. } | Plan::Drill { layer, .. } => *layer,
             _ => None,
         };
@@ -174,11 +174,18 @@ pub fn to_be(state: &ProjectState) -> Vec<Root> {
     open.flatten().collect()
 }
 
-/// The artifacts of a project: those of all its releases, whatever became of them; none if it was deleted.
+/// The artifacts of a project: those of all its releases, whatever became of them, and those that are being rehearsed; none
+/// if it was deleted.
 pub fn artifacts(state: &ProjectState) -> Vec<(String, Keeper)> {
     let Ok(facts) = state.facts() else { return Vec::new() };
     let keeper = |release: &str| Keeper::Release { project: facts.name.clone(), release: release.to_owned() };
-    state.releases.iter().map(|release| (release.artifact.clone(), keeper(&release.name))).collect()
+    let rehearsed = state.operations.iter().filter_map(|(&operation, open)| match &open.plan {
+        Plan::Rehearse { artifact, .. } => {
+            Some((artifact.clone(), Keeper::Operation { project: facts.name.clone(), operation, act: open.plan.act() }))
+        }
+        _ => None,
+    });
+    state.releases.iter().map(|release| (release.artifact.clone(), keeper(&release.name))).chain(rehearsed).collect()
 }
 
 /// Releases that would be taken back to this checkpoint.

@@ -12,6 +12,7 @@ use ebb_types::{
 
 use crate::api::types::Parent;
 use crate::clients::Pinned;
+use crate::deploy::{GoingBack, MigrationRun, Probed, Rehearsal};
 use crate::drill::{Fault, Record, Report, SharedRecord, TableRows};
 use crate::error::Refusal;
 use crate::event::{Event, Key, Plan, Step};
@@ -19,6 +20,8 @@ use crate::history::{History, Seal};
 use crate::ledger::{Entry, Fold};
 use crate::machine::{Phase, PhaseEvent, ReleaseEvent, ReleaseStage};
 use crate::upkeep::Upkeep;
+
+mod releases;
 
 /// LIMIT: idempotency keys remembered per project. A caller that retries does so within minutes; a thousand acts later
 /// a key may be used anew.
@@ -54,6 +57,8 @@ pub struct ProjectState {
     pub rescues: BTreeMap<BranchId, u64>,
     /// Branches that were deleted: what a node still has of them may go. 16 bytes each, for ever.
     pub deleted_branches: BTreeSet<BranchId>,
+    /// The newest rehearsals that were not part of a release, by what names their copies, oldest first.
+    pub rehearsals: VecDeque<(BranchId, Arc<Rehearsal>)>,
 }
 
 /// The node that acts for a project.
@@ -166,6 +171,25 @@ pub struct Release {
     pub stage: ReleaseStage,
     /// Why it failed.
     pub fault: Option<String>,
+    /// Whether its checkpoint was taken: before that it has touched nothing.
+    pub checkpointed: bool,
+    /// How many of the transactions since its checkpoint are its own, at least.
+    pub transactions: u64,
+    /// What its deploy found out.
+    pub found: Arc<Found>,
+}
+
+/// What the deploy of a release found out.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// How it fared on a copy.
+    pub rehearsal: Option<Rehearsal>,
+    /// How its migrations fared.
+    pub runs: Vec<MigrationRun>,
+    /// What its probes came to.
+    pub probes: Vec<Probed>,
+    /// The branch that its data was set aside to, when it was taken back by itself.
+    pub rescue: Option<BranchName>,
 }
 
 /// An operation under way.
@@ -184,6 +208,8 @@ pub struct Operation {
     /// For a branch that is made from another: the allow list of that one when it was asked for. It counts if the source
     /// is gone before the branch is there.
     pub allow: AllowList,
+    /// For a release that is taken back by itself: where to, and how many of its steps were done before.
+    pub back: Option<(GoingBack, usize)>,
 }
 
 /// An idempotency key and what it stands for.
@@ -200,7 +226,18 @@ pub struct KeyUse {
 impl Operation {
     /// The step to do next.
     pub fn next_step(&self) -> Option<Step> {
-        self.plan.steps().get(self.done.len()).copied()
+        match &self.back {
+            Some((back, before)) => releases::steps_back(back).get(self.done.len() - before).copied(),
+            None => self.plan.steps().get(self.done.len()).copied(),
+        }
+    }
+
+    /// Whether no other step follows the next one.
+    pub fn is_at_last_step(&self) -> bool {
+        match &self.back {
+            Some((back, before)) => self.done.len() + 1 - before == releases::steps_back(back).len(),
+            None => self.done.len() + 1 == self.plan.steps().len(),
+        }
     }
 }
 
@@ -357,7 +394,7 @@ impl ProjectState {
         });
         let of_operations = self.operations.values().filter_map(|operation| match &operation.plan {
             plan if plan.replay().is_some() => plan.replay().map(|replay| replay.base),
-            Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } => Some(*layer),
+            Plan::Restore { layer, .. } | Plan::Rollback { layer, .. } | Plan::Rehearse { layer, .. } => Some(*layer),
             Plan::Export { layer, .. } | Plan::Drill { layer, .. } => *layer,
             _ => None,
         });
@@ -490,6 +527,7 @@ impl ProjectState {
                 self.deleted_branches.insert(*branch);
             }
             Event::CheckpointCreated { branch, name, layer, lsn, next_xid, automatic } => {
+                self.note_checkpoint_of_release(entry);
                 let branch = self.branch_mut(*branch)?;
                 if branch.checkpoints.iter().any(|other| other.name == *name) {
                     return Err(format!("checkpoint {name:?} exists already"));
@@ -526,6 +564,9 @@ impl ProjectState {
                     created_at: entry.time,
                     stage: ReleaseStage::Deploying,
                     fault: None,
+                    checkpointed: false,
+                    transactions: 0,
+                    found: Arc::default(),
                 });
             }
             Event::ReleaseDeployed { release } => {
@@ -541,6 +582,13 @@ impl ProjectState {
                 }
                 self.code = Some(self.release_mut(*to)?.id);
             }
+            Event::ReleaseRehearsed { .. }
+            | Event::ReleaseMigrated { .. }
+            | Event::ReleaseProbed { .. }
+            | Event::ReleaseGoesBack { .. }
+            | Event::ReleaseStays { .. }
+            | Event::ReleaseTakenBack { .. }
+            | Event::Rehearsed { .. } => self.apply_deploy(entry, event)?,
             Event::DrillPassed { branch, report, rows, .. } => {
                 self.drilled(entry, *branch, Drilled { report, rows, fault: None })?;
             }
@@ -615,6 +663,7 @@ impl ProjectState {
             replayed_end: None,
             actor: entry.actor.clone(),
             allow: source.map(|source| source.allow.clone()).unwrap_or_default(),
+            back: None,
         };
         self.operations.insert(op, operation);
         if let Some(key) = key {

@@ -4,6 +4,7 @@
 mod branch;
 mod collect;
 mod compute;
+mod deploy;
 mod diff;
 mod drill;
 pub mod fsck;

@@ -2,32 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
-use ebb_timeline::api::types::{CreateRelease, Release, ReleaseList, Rollback, RollbackPlan, RolledBack};
+use ebb_timeline::api::types::{CreateRelease, ReleaseList, Rollback, RollbackPlan, RolledBack};
 use ebb_types::{ErrorKind, ProjectName};
 
 use super::project::seconds;
-use super::{Session, absolute};
+use super::url::encoded;
+use super::{Session, absolute, deploy};
 use crate::args::{IdempotencyKey, ReleaseCommand};
 use crate::failure::Failure;
 use crate::output::{bytes, facts, table};
 
 pub fn run(to: &Session, command: ReleaseCommand) -> Result<(), Failure> {
     match command {
-        ReleaseCommand::Create { project, artifact, key } => {
+        ReleaseCommand::Check { dir } => deploy::check(to, &dir),
+        ReleaseCommand::Show { project, release } => {
+            let answer = to.client.get(&format!("projects/{project}/releases/{}", encoded(&release)))?;
+            to.show(&answer, deploy::release_text)
+        }
+        ReleaseCommand::Create { project, artifact, rehearse_only: true, key } => {
+            deploy::rehearse(to, &project, artifact_dir(&artifact)?, &key)
+        }
+        ReleaseCommand::Create { project, artifact, rehearse_only: false, key } => {
             let artifact = artifact_dir(&artifact)?;
             let path = format!("projects/{project}/releases");
             let answer = to.client.post(&path, &CreateRelease { artifact }, key.as_deref())?;
-            to.show(&answer, |view: Release| {
-                facts([
-                    ("release", view.name),
-                    ("state", view.state),
-                    ("artifact", view.artifact),
-                    ("migrations", view.migrations.join(", ")),
-                    ("checkpoint", view.checkpoint.to_string()),
-                    ("created", seconds(view.created_at)),
-                    ("fault", view.fault.unwrap_or_default()),
-                ])
-            })
+            to.show(&answer, deploy::release_text)
         }
         ReleaseCommand::List { project } => {
             to.show(&to.client.get(&format!("projects/{project}/releases"))?, |view: ReleaseList| {

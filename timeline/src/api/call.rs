@@ -124,7 +124,7 @@ impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         let mut fault = Fault::new(error.kind(), error.chain());
         fault.hint = error.hint();
-        if let Error::Migration { .. } = error {
+        if let Error::Migration { .. } | Error::Release { .. } = error {
             fault.status = StatusCode::UNPROCESSABLE_ENTITY;
         }
         // Reported here and nowhere else: this is where the error is handled.

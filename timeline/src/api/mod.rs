@@ -8,6 +8,7 @@
 //! the ledger, also after a restart. An act that failed does not use its key up.
 
 mod call;
+mod deploys;
 mod drills;
 mod routes;
 pub mod types;
@@ -52,6 +53,8 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route(&of_branch("/compute/wake"), post(routes::wake_compute))
         .route(&of_branch("/export"), post(routes::export))
         .route("/v1/projects/{project}/releases", get(routes::list_releases).post(routes::create_release))
+        .route("/v1/projects/{project}/releases/{release}", get(deploys::show_release))
+        .route("/v1/projects/{project}/rehearsals", post(deploys::rehearse))
         .route("/v1/projects/{project}/diff", get(routes::diff))
         .route("/v1/projects/{project}/rollback", post(routes::rollback))
         .route("/v1/projects/{project}/ledger", get(routes::list_ledger))

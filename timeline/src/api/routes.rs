@@ -59,6 +59,8 @@ pub(super) fn done<T>(value: T) -> Answered<T> {
         export,
         list_releases,
         create_release,
+        super::deploys::show_release,
+        super::deploys::rehearse,
         list_ledger,
         verify_ledger,
         delete_project,

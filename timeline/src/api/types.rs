@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::clients::{Pinned, SessionRow};
+use crate::deploy::{MigrationRun, Probed, Rehearsal};
 
 pub use super::upkeep::*;
 
@@ -403,6 +404,29 @@ pub struct Release {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fault: Option<String>,
+    /// How it fared on a copy of `prod`; absent in lists, as what follows is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rehearsal: Option<Rehearsal>,
+    /// How its migrations fared, for a release that describes itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub runs: Vec<MigrationRun>,
+    /// What its probes came to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probes: Vec<Probed>,
+    /// The branch that its data was set aside to, when it was taken back by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub rescue: Option<BranchName>,
+}
+
+/// Answer to `POST …/rehearsals`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Rehearsed {
+    /// BLAKE3 of the artifact's content, in hex.
+    pub artifact: String,
+    /// What trying it showed.
+    #[serde(flatten)]
+    pub report: Rehearsal,
 }
 
 /// Answer to `GET …/releases`.

@@ -4,6 +4,7 @@ use ebb_types::ProjectId;
 use proptest::prelude::*;
 
 use super::*;
+use crate::deploy::Rehearsal;
 use crate::drill::Fault;
 use crate::ledger::{Entry, Fold as _};
 
@@ -115,12 +116,43 @@ impl Model {
             let found = Found { sealed, end: Some(Lsn(self.ids as u64)), ..Found::default() };
             let what = "object \"x\" is corrupt".to_owned();
             let fault = self.ids.is_multiple_of(2).then_some(Fault { what, kind: ebb_types::ErrorKind::Corrupt });
+            let describes = matches!(
+                self.state.operations.get(&op).map(|operation| &operation.plan),
+                Some(Plan::Release { described: Some(_), .. })
+            );
             let command = match step {
+                Step::Rehearse | Step::Migrate | Step::Probe | Step::Return if describes => {
+                    Command::Deployed { op, did: self.did(step, found) }
+                }
+                Step::Rehearse => Command::Rehearsed { op, report: Rehearsal::default() },
                 Step::Verify => Command::Drilled { op, drilled: Drilled { fault, ..Drilled::default() } },
                 _ => Command::Step { op, step, found },
             };
             let events = decide(&self.state, &command).unwrap();
             self.record(op, events);
+        }
+    }
+
+    /// What a step of a release that describes itself comes to: one time this, another time that.
+    fn did(&mut self, step: Step, found: Found) -> Did {
+        let (fault, probes) = ("it does not work".to_owned(), Vec::new());
+        let goes_back = |model: &mut Self, data| {
+            let fresh = Box::new(model.fresh());
+            Did::GoesBack { probes: Vec::new(), fault: "it does not work".to_owned(), transactions: 0, data, fresh }
+        };
+        match (step, self.id() % 5) {
+            (Step::Rehearse, n) => {
+                let fault = (n == 0).then_some(fault);
+                Did::Rehearsed { found, report: Rehearsal { fault, ..Rehearsal::default() } }
+            }
+            (Step::Migrate, 0) => goes_back(self, true),
+            (Step::Migrate, _) => Did::Migrated { runs: Vec::new(), transactions: 0 },
+            (Step::Return, 0) => Did::Stays { probes, fault },
+            (Step::Return, _) => Did::Returned(found),
+            (_, 0) => Did::Stays { probes, fault },
+            (_, 1) => goes_back(self, true),
+            (_, 2) => goes_back(self, false),
+            _ => Did::Proved(probes),
         }
     }
 
@@ -228,7 +260,12 @@ fn ask() -> impl Strategy<Value = Ask> {
             rule: None
         }),
         (branch_name(), point()).prop_map(|(branch, to)| Ask::Restore { branch, to }),
-        any::<u8>().prop_map(|n| Ask::Release { artifact: format!("{n:02x}"), migrations: Vec::new() }),
+        (any::<u8>(), any::<bool>()).prop_map(|(n, describes)| Ask::Release {
+            artifact: format!("{n:02x}"),
+            migrations: Vec::new(),
+            file: describes.then(Box::default),
+        }),
+        any::<u8>().prop_map(|n| Ask::Rehearse { artifact: format!("{n:02x}"), file: Box::default() }),
         (1..5u8).prop_map(|n| Ask::Rollback { to: format!("v{n}"), lsn: None, next_xid: None, layers: 0 }),
         branch_name().prop_map(|branch| Ask::Suspend { branch }),
         (branch_name(), point()).prop_map(|(branch, point)| Ask::Drill { branch, point, probes: Vec::new() }),
@@ -275,7 +312,7 @@ proptest! {
 }
 
 fn release(model: &mut Model, artifact: &str) {
-    model.act(&Ask::Release { artifact: artifact.to_owned(), migrations: Vec::new() }).unwrap();
+    model.act(&Ask::Release { artifact: artifact.to_owned(), migrations: Vec::new(), file: None }).unwrap();
 }
 
 fn rollback(model: &mut Model, to: &str) -> Result<(), Refusal> {
@@ -325,7 +362,9 @@ fn rollbacks_that_make_no_sense_say_why() {
 fn a_failed_release_can_be_taken_back_with_its_data() {
     let mut model = Model::new();
     release(&mut model, "aa");
-    let op = model.begin(&Ask::Release { artifact: "bb".to_owned(), migrations: vec!["1.sql".to_owned()] }).unwrap();
+    let op = model
+        .begin(&Ask::Release { artifact: "bb".to_owned(), migrations: vec!["1.sql".to_owned()], file: None })
+        .unwrap();
     model.drive(op, 1);
     assert_eq!(model.state.releases[1].stage, ReleaseStage::Failed);
     assert_eq!(model.state.code, Some(model.state.releases[0].id));

@@ -368,7 +368,6 @@ impl Service {
         rest: Rest,
     ) -> Result<(Fence, Option<Sealed>)> {
         let cell = project.cell(branch);
-        let data = project.line(branch)?;
         let active = {
             let mut inner = cell.inner.lock();
             let active = matches!(inner.compute, Compute::Active(_));
@@ -389,12 +388,31 @@ impl Service {
         if !active {
             return Ok((fence, self.seal_locked(project, branch, seal).await?));
         }
+        Ok((fence, self.stop_suspending(project, branch, seal).await?))
+    }
+
+    /// Stops the compute, if one runs, and seals, with the branch's lock held and its clients set aside already.
+    pub(super) async fn stop_fenced(
+        &self,
+        project: &Project,
+        branch: BranchId,
+        seal: LayerId,
+    ) -> Result<Option<Sealed>> {
+        if !self.is_awake(project, branch) {
+            return self.seal_locked(project, branch, seal).await;
+        }
+        project.cell(branch).inner.lock().step(ComputeEvent::Suspend, self.clock.now())?;
+        self.stop_suspending(project, branch, seal).await
+    }
+
+    async fn stop_suspending(&self, project: &Project, branch: BranchId, seal: LayerId) -> Result<Option<Sealed>> {
+        let (cell, data) = (project.cell(branch), project.line(branch)?);
         match self.node.stop(&data, seal).await {
             Ok(layer) => {
                 let mut inner = cell.inner.lock();
                 inner.step(ComputeEvent::Stopped, self.clock.now())?;
                 inner.keeps_awake.clear();
-                Ok((fence, layer))
+                Ok(layer)
             }
             Err(error) => {
                 // Half stopped: look whether it is still there before anyone is told that it is.

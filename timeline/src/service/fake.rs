@@ -15,13 +15,18 @@ use ebb_types::{BranchId, Clock, ErrorKind, LayerId, Lsn, SystemClock};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::artifact::Migration;
 use crate::clients::{Activity, Clients, Rest, SessionRow};
 use crate::decide::Found;
+use crate::deploy::{MigrationRun, Rehearsal, faults};
 use crate::drill::{Drilled, Fault, TableRows};
 use crate::event::{Dump, Replay};
-use crate::node::drill::{Drills, Order};
-use crate::node::{Foreign, ImportFrom, ImportJob, ImportRequest, Line, Node, Roles, Sealed, Start, Visited, Visiting};
+use crate::migrate::{Migrated, Order};
+use crate::node::drill::{self, Drills};
+use crate::node::{
+    Foreign, ImportFrom, ImportJob, ImportRequest, Line, Node, Rehearsing, Roles, Sealed, Start, Visited, Visiting,
+};
+use crate::probe;
+use crate::release_file::{Probe, Question};
 use crate::{Error, Result, Service, ServiceConfig};
 
 pub type Rows = BTreeSet<String>;
@@ -42,6 +47,8 @@ pub struct World {
     pub start_pauses: Option<[Arc<tokio::sync::Notify>; 2]>,
     /// A migration of this name fails.
     pub fail_migration: Option<String>,
+    /// A migration of this name fails anywhere but on a copy.
+    pub fail_migration_later: Option<String>,
     pub free_bytes: u64,
     /// What was written on each line of a branch, and where in its WAL that ends.
     pub wal: HashMap<(BranchId, u64), Vec<(Lsn, String)>>,
@@ -288,20 +295,15 @@ impl Node for FakeNode {
         Ok(Found { lsn: Some(Lsn(rows * 100)), next_xid: Some(rows), ..Found::default() })
     }
 
-    async fn migrate(&self, branch: BranchId, _: &str, migrations: &[Migration]) -> Result<Vec<String>> {
+    async fn migrate(&self, branch: BranchId, order: &Order) -> Result<Migrated> {
         let mut world = self.0.lock();
-        let fail = world.fail_migration.clone();
+        let fail = world.fail_migration.clone().or_else(|| world.fail_migration_later.clone());
         let volume = world.volumes.get_mut(&branch).expect("a volume");
         assert!(volume.running.is_some(), "migrations need a compute");
-        for migration in migrations {
-            if fail.as_ref() == Some(&migration.name) {
-                let (file, advice) = (migration.name.clone(), String::new());
-                return Err(Error::Migration { file, message: "syntax error (SQLSTATE 42601)".to_owned(), advice });
-            }
-            volume.rows.insert(format!("migration {}", migration.name));
-            volume.dirty = true;
-        }
-        Ok(Vec::new())
+        let before = volume.rows.len();
+        let migrated = apply(&mut volume.rows, order, fail.as_deref());
+        volume.dirty |= volume.rows.len() > before;
+        Ok(migrated)
     }
 
     async fn remove_volume(&self, branch: BranchId) -> Result<()> {
@@ -459,9 +461,77 @@ impl Foreign for FakeNode {
     }
 }
 
+/// Applies what is not applied yet: each migration is a row, and a transaction.
+fn apply(rows: &mut Rows, order: &Order, fail: Option<&str>) -> Migrated {
+    let mut migrated = Migrated::default();
+    for migration in &order.migrations {
+        if fail == Some(&migration.name) {
+            let (file, advice) = (migration.name.clone(), String::new());
+            let message = "syntax error (SQLSTATE 42601)".to_owned();
+            migrated.fault = Some(Error::Migration { file, message, advice });
+            break;
+        }
+        if rows.insert(format!("migration {}", migration.name)) {
+            migrated.runs.push(MigrationRun { file: migration.name.clone(), ..MigrationRun::default() });
+            migrated.transactions += 1;
+        }
+    }
+    migrated
+}
+
+/// `rows` is the only question: how many there are.
+fn answer(rows: &Rows, sql: &str) -> Result<String> {
+    match sql {
+        "rows" => Ok(rows.len().to_string()),
+        other => Err(Error::Postgres(format!("{other:?} is no question"))),
+    }
+}
+
+#[async_trait]
+impl Rehearsing for FakeNode {
+    async fn rehearse(&self, order: &Order, probes: &[Probe], like: &Start) -> Result<Rehearsal> {
+        self.bring(like.data.head).await?;
+        let (mut rows, fail) = {
+            let world = self.0.lock();
+            (world.layers[&like.data.head].1.clone(), world.fail_migration.clone())
+        };
+        let migrated = apply(&mut rows, order, fail.as_deref());
+        let mut rehearsal = Rehearsal { migrations: migrated.runs, ..Rehearsal::default() };
+        rehearsal.fault = migrated.fault.map(|fault| fault.chain());
+        for asked in probes {
+            if let (Question::Sql { sql, expect }, None) = (&asked.question, &rehearsal.fault) {
+                let found = &rows;
+                let compare = || async move { probe::compare(&answer(found, sql), expect) };
+                rehearsal.probes.push(probe::until_right(asked, compare).await);
+            }
+        }
+        rehearsal.fault = rehearsal.fault.or_else(|| faults(&rehearsal.probes));
+        Ok(rehearsal)
+    }
+
+    async fn ask(&self, branch: BranchId, sql: &str) -> Result<String> {
+        let world = self.0.lock();
+        let volume = world.volumes.get(&branch).expect("a volume");
+        assert!(volume.running.is_some(), "probes need a compute");
+        answer(&volume.rows, sql)
+    }
+
+    async fn applied(&self, branch: BranchId, _: &str) -> Result<u64> {
+        let (base, rows) = {
+            let world = self.0.lock();
+            let volume = world.volumes.get(&branch).expect("a volume");
+            (volume.base, volume.rows.clone())
+        };
+        self.bring(base).await?;
+        let world = self.0.lock();
+        let before = &world.layers[&base].1;
+        Ok(rows.difference(before).filter(|row| row.starts_with("migration ")).count() as u64)
+    }
+}
+
 #[async_trait]
 impl Drills for FakeNode {
-    async fn drill(&self, order: &Order) -> Drilled {
+    async fn drill(&self, order: &drill::Order) -> Drilled {
         if self.0.lock().hang_drill {
             self.0.lock().drills.insert(order.scratch);
             std::future::pending::<()>().await;

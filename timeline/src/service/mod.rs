@@ -17,6 +17,7 @@
 mod branches;
 pub(crate) mod collect;
 mod compute;
+mod deploy;
 mod diff;
 mod drills;
 #[cfg(test)]

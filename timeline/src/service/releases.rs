@@ -6,16 +6,18 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ebb_types::ProjectName;
+use ebb_types::{LayerId, ProjectName};
 
 use super::views::{release_view, rollback_view};
 use super::{Answer, Caller, Project, Service};
 use crate::api::types as api;
-use crate::decide::{Ask, Found, plan};
+use crate::artifact::MIGRATIONS_DIR;
+use crate::decide::{Ask, Found, PROD, deployed_now, plan};
 use crate::event::Plan;
 use crate::machine::{Compute, ReleaseStage};
-use crate::state::ProjectState;
-use crate::{Refusal, Result};
+use crate::release_file::ReleaseFile;
+use crate::state::{ProjectState, Release};
+use crate::{Error, Refusal, Result};
 
 impl Service {
     /// Deploys an artifact. The artifact that is deployed already is answered with its release.
@@ -34,19 +36,93 @@ impl Service {
         // As long as this lives the artifact is not collected; once the release is recorded, that keeps it.
         let taken = self.artifacts.take(&request.artifact).await?;
         let artifact = taken.name.clone();
-        if let Some(deployed) = deployed_now(&project.ledger.state(), &artifact) {
-            return Ok(Answer { value: deployed, new: false });
+        let in_service = || {
+            let state = project.ledger.state();
+            let release = deployed_now(&state, &artifact)?;
+            Some(Answer { value: release_view(&state, release, true), new: false })
+        };
+        if let Some(answer) = in_service() {
+            return Ok(answer);
         }
-        let migrations = self.artifacts.migrations(&artifact).await?.into_iter().map(|one| one.name).collect();
-        let acted = self.act(&project, caller, Ask::Release { artifact, migrations }).await?;
-        match acted.plan {
-            Plan::Release { release, .. } => {
-                let state = project.ledger.state();
-                let release = state.release_by_id(release).ok_or(crate::Error::Lost("the release"))?;
-                Ok(Answer { value: release_view(&state, release), new: acted.new })
-            }
-            plan => Err(Refusal::TooLate(format!("the operation is a {}", plan.act())).into()),
+        let (file, migrations) = self.read_release(&project, &artifact).await?;
+        let ask = Ask::Release { artifact: artifact.clone(), migrations, file: file.map(Box::new) };
+        let acted = match self.act(&project, caller, ask).await {
+            // Somebody else has asked for the same meanwhile.
+            Err(Error::Refused(Refusal::Deployed { .. })) if let Some(answer) = in_service() => return Ok(answer),
+            acted => acted?,
+        };
+        let Plan::Release { release, .. } = acted.plan else {
+            return Err(Refusal::TooLate(format!("the operation is a {}", acted.plan.act())).into());
+        };
+        let state = project.ledger.state();
+        let release = state.release_by_id(release).ok_or(Error::Lost("the release"))?;
+        match &release.fault {
+            None => Ok(Answer { value: release_view(&state, release, true), new: acted.new }),
+            Some(fault) => Err(Error::Release {
+                release: release.name.clone(),
+                fault: fault.clone(),
+                advice: advice(&project, &state, release),
+            }),
         }
+    }
+
+    /// What an artifact says of itself, and the names of its migrations.
+    async fn read_release(&self, project: &Project, artifact: &str) -> Result<(Option<ReleaseFile>, Vec<String>)> {
+        let file = self.artifacts.described(artifact).await?;
+        if let Some(file) = &file {
+            self.check_secrets(project, file)?;
+        }
+        let dir = file.as_ref().map_or(MIGRATIONS_DIR, |file| file.migrations.as_str());
+        let migrations = self.artifacts.migrations(artifact, dir).await?;
+        for migration in &migrations {
+            crate::migrate::fit(migration)?;
+        }
+        Ok((file, migrations.into_iter().map(|one| one.name).collect()))
+    }
+
+    /// Tries an artifact on a copy of `prod`, and changes nothing.
+    ///
+    /// # Errors
+    /// If it cannot be tried; what it finds is no error.
+    pub async fn rehearse(
+        self: &Arc<Self>,
+        caller: &Caller,
+        project: &str,
+        request: api::CreateRelease,
+    ) -> Result<Answer<api::Rehearsed>> {
+        let project = self.project(project)?;
+        self.check_disk()?;
+        let taken = self.artifacts.take(&request.artifact).await?;
+        let (file, _) = self.read_release(&project, &taken.name).await?;
+        self.seal_prod(&project).await?;
+        let ask = Ask::Rehearse { artifact: taken.name.clone(), file: Box::new(file.unwrap_or_default()) };
+        let acted = self.act(&project, caller, ask).await?;
+        let state = project.ledger.state();
+        let scratch = acted.plan.scratch();
+        let known = state.rehearsals.iter().rev().find(|(of, _)| Some(*of) == scratch);
+        let (_, report) = known.ok_or(Error::Lost("the rehearsal"))?;
+        let value = api::Rehearsed { artifact: taken.name.clone(), report: report.as_ref().clone() };
+        Ok(Answer { value, new: acted.new })
+    }
+
+    /// What `prod` holds by now is its recorded head.
+    async fn seal_prod(self: &Arc<Self>, project: &Arc<Project>) -> Result<()> {
+        self.claim(project).await?;
+        let prod = project.ledger.state().branch(PROD)?.0;
+        let cell = project.cell(prod);
+        let _ops = self.lock(&cell).await?;
+        let line = project.line(prod)?.line;
+        let sealed = self.seal_locked(project, prod, LayerId::generate()).await?;
+        self.note_seal(project, prod, line, sealed).await
+    }
+
+    /// One release, with what its deploy found out.
+    ///
+    /// # Errors
+    /// If there is no such release.
+    pub async fn release(&self, project: &str, name: &str) -> Result<api::Release> {
+        let state = self.project(project)?.ledger.state();
+        Ok(release_view(&state, state.release(name)?, true))
     }
 
     /// All releases, oldest first.
@@ -55,7 +131,7 @@ impl Service {
     /// If there is no such project.
     pub async fn releases(&self, project: &str) -> Result<Vec<api::Release>> {
         let state = self.project(project)?.ledger.state();
-        Ok(state.releases.iter().map(|release| release_view(&state, release)).collect())
+        Ok(state.releases.iter().map(|release| release_view(&state, release, false)).collect())
     }
 
     /// Tells what a rollback would do, and does nothing.
@@ -102,7 +178,7 @@ impl Service {
     async fn rollback_ask(&self, project: &Project, to: &str) -> Result<Ask> {
         let state = project.ledger.state();
         let Plan::Rollback { branch, layer, .. } = plan(&state, &plain_ask(to), &self.fresh())? else {
-            return Err(crate::Error::Lost("the plan"));
+            return Err(Error::Lost("the plan"));
         };
         let awake = matches!(project.cell(branch).inner.lock().compute, Compute::Active(_));
         // Only to inform: a rollback is most wanted when Postgres answers badly.
@@ -135,15 +211,17 @@ impl Service {
     /// Points `current` at the code that is recorded: whichever release that is by now.
     pub(super) async fn activate(&self, project: &Project) -> Result<()> {
         let state = project.ledger.state();
+        let link = self.current_link(project)?;
         let Some(release) = state.code.and_then(|code| state.release_by_id(code)) else {
-            return Ok(());
+            // The first release was taken back: there is no code.
+            crate::files::may_be_switched(&link)?;
+            return crate::files::remove_file(&link);
         };
         let code = self.artifacts.ensure_local(&release.artifact).await?;
-        let link = self.current_link(project)?;
         let code = std::path::absolute(&code).unwrap_or(code);
         tokio::task::spawn_blocking(move || crate::files::switch_symlink(&link, &code))
             .await
-            .map_err(|_| crate::Error::Lost("switching the code"))?
+            .map_err(|_| Error::Lost("switching the code"))?
     }
 }
 
@@ -151,11 +229,34 @@ fn plain_ask(to: &str) -> Ask {
     Ask::Rollback { to: to.to_owned(), lsn: None, next_xid: None, layers: 0 }
 }
 
-/// The release in service, if it is of this artifact.
-fn deployed_now(state: &ProjectState, artifact: &str) -> Option<api::Release> {
-    let release = state.code.and_then(|code| state.release_by_id(code))?;
-    let same = release.artifact == artifact && release.stage == ReleaseStage::Deployed;
-    // A failed release since then may have changed the data: deploying again is then meant.
-    let latest = state.releases.iter().rev().find(|other| other.stage != ReleaseStage::RolledBack);
-    (same && latest.map(|latest| latest.id) == Some(release.id)).then(|| release_view(state, release))
+/// How things stand after a release that does not work, and what to do.
+fn advice(project: &Project, state: &ProjectState, release: &Release) -> String {
+    let (name, checkpoint) = (&project.name, &release.checkpoint);
+    let code = state.code.and_then(|code| state.release_by_id(code)).map(|code| code.name.as_str());
+    let before = state.releases.iter().rev().skip_while(|other| other.id != release.id).skip(1);
+    let before = before.filter(|other| other.stage == ReleaseStage::Deployed).map(|other| other.name.as_str()).next();
+    match release.stage {
+        ReleaseStage::RolledBack => {
+            let rescue = release.found.rescue.as_ref().map(|rescue| format!(" on {name}/{rescue}")).unwrap_or_default();
+            format!("Code and data are as before it. What was written meanwhile is kept{rescue}.")
+        }
+        ReleaseStage::Deployed => match before {
+            Some(before) => format!(
+                "It is in service. What going back would set aside: ebb rollback {name} --to {before} --plan. Mend it and \
+                 release again, or go back with that, or with --code-only."
+            ),
+            None => format!(
+                "It is in service, and the first. Mend it and release again; the data alone goes back with: ebb branch \
+                 restore {name}/prod --to {checkpoint}."
+            ),
+        },
+        ReleaseStage::Failed if release.checkpointed => format!(
+            "The code in service is {}. Migrations of it that were applied stay, until: ebb branch restore {name}/prod \
+             --to {checkpoint}.",
+            code.unwrap_or("none")
+        ),
+        ReleaseStage::Failed | ReleaseStage::Deploying => {
+            "Neither code nor data of prod were touched. Mend it and release again.".to_owned()
+        }
+    }
 }

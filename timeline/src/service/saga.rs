@@ -21,6 +21,7 @@ use crate::clients::Rest;
 use crate::decide::{Ask, Command, Found, Fresh, decide};
 use crate::event::{Event, Plan, Step};
 use crate::machine::Phase;
+use crate::migrate::Order;
 use crate::node::{Line, Sealed, Start};
 use crate::state::Operation;
 use crate::{Error, Refusal, Result};
@@ -42,6 +43,15 @@ pub(super) struct Acted {
     pub plan: Plan,
     /// `false`: the same request was carried out before.
     pub new: bool,
+}
+
+/// What whoever drives an operation has in hand.
+#[derive(Default)]
+pub(super) struct Under {
+    /// The clients are set aside as long as this is there.
+    pub fence: Option<Fence>,
+    /// Transactions of migrations, the last of which failed.
+    pub transactions: Option<u64>,
 }
 
 enum Begun {
@@ -153,7 +163,7 @@ impl Service {
     /// What made it fail. It is then undone; or, past its point of no return, left for the reconciler.
     pub(super) async fn drive(self: &Arc<Self>, project: &Arc<Project>, op: OperationId) -> Result<()> {
         let _driven = Driven::new(project, op);
-        let mut fence = None;
+        let mut under = Under::default();
         let mut tries = 0;
         loop {
             let state = project.ledger.state();
@@ -163,13 +173,14 @@ impl Service {
             let Some(step) = operation.next_step() else {
                 break;
             };
-            let Err(error) = self.do_step(project, op, operation, step, &mut fence).await else {
+            let Err(error) = self.do_step(project, op, operation, step, &mut under).await else {
                 tries = 0;
                 continue;
             };
             tries += 1;
-            match self.undo(project, op, error.chain()).await {
-                Ok(()) => {
+            match self.give_up(project, op, operation, error.chain(), &mut under).await {
+                Ok(GaveUp::GoesBack) => tries = 0,
+                Ok(GaveUp::Undone) => {
                     self.clean_up(&operation.plan).await;
                     self.clean_up_import(project, &operation.plan).await;
                     count(&operation.plan, "undone");
@@ -186,7 +197,7 @@ impl Service {
                 Err(_) => return Err(error),
             }
         }
-        drop(fence);
+        drop(under);
         self.changed.notify_one();
         self.layers_changed.notify_one();
         Ok(())
@@ -198,12 +209,19 @@ impl Service {
         op: OperationId,
         operation: &Operation,
         step: Step,
-        fence: &mut Option<Fence>,
+        under: &mut Under,
     ) -> Result<()> {
-        if let Plan::Drill { .. } = &operation.plan {
-            return self.verify(project, op, operation).await;
+        match &operation.plan {
+            Plan::Drill { .. } => return self.verify(project, op, operation).await,
+            Plan::Rehearse { .. } => return self.rehearse_alone(project, op, operation).await,
+            Plan::Release { described: Some(described), .. } => {
+                if self.deploy_step(project, op, operation, described, under).await? {
+                    return Ok(());
+                }
+            }
+            _ => {}
         }
-        let found = self.perform(project, &operation.plan, step, fence).await?;
+        let found = self.perform(project, &operation.plan, step, &mut under.fence).await?;
         let command = Command::Step { op, step, found };
         project.append(&operation.actor, Some(op), |state| Ok((decide(state, &command)?, ()))).await?;
         if let (Some(branch), Some(_)) = (operation.plan.holds(), found.sealed) {
@@ -211,6 +229,23 @@ impl Service {
         }
         tracing::info!(%op, act = operation.plan.act(), ?step, "step done");
         Ok(())
+    }
+
+    /// Gives an operation up, or turns it back: what has begun to change the data of a release that says so.
+    async fn give_up(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        op: OperationId,
+        operation: &Operation,
+        why: String,
+        under: &mut Under,
+    ) -> Result<GaveUp> {
+        let why = match self.go_back(project, op, operation, why, under).await? {
+            Ok(()) => return Ok(GaveUp::GoesBack),
+            Err(why) => why,
+        };
+        self.undo(project, op, why).await?;
+        Ok(GaveUp::Undone)
     }
 
     async fn undo(&self, project: &Project, op: OperationId, why: String) -> Result<()> {
@@ -282,7 +317,10 @@ impl Service {
             (Plan::Restore { branch, layer, seal, .. }, Step::Switch) => {
                 found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);
             }
-            (plan @ (Plan::Restore { branch, .. } | Plan::Rollback { branch, .. }), Step::Sweep) => {
+            (
+                plan @ (Plan::Restore { branch, .. } | Plan::Rollback { branch, .. } | Plan::Release { branch, .. }),
+                Step::Sweep,
+            ) => {
                 self.clean_up(plan).await;
                 // Nobody attached a compute to the old volume: its line is stale since the switch.
                 self.discard_locked(project, *branch).await?;
@@ -296,8 +334,11 @@ impl Service {
             }
             (Plan::Release { branch, artifact, name, .. }, Step::Migrate) => {
                 self.wake_locked(project, *branch, &project.cell(*branch)).await?;
-                let migrations = self.artifacts.migrations(artifact).await?;
-                self.node.migrate(*branch, name, &migrations).await?;
+                let migrations = self.artifacts.migrations(artifact, crate::artifact::MIGRATIONS_DIR).await?;
+                let migrated = self.node.migrate(*branch, &Order::new(name, migrations)).await?;
+                if let Some(fault) = migrated.fault {
+                    return Err(fault);
+                }
             }
             (Plan::Release { artifact, .. }, Step::Switch) => {
                 self.artifacts.ensure_local(artifact).await?;
@@ -334,7 +375,7 @@ impl Service {
     }
 
     /// How a compute is started that nobody else knows of, on a copy of an image.
-    fn beside(&self, project: &Project, scratch: BranchId, head: LayerId) -> Result<Start> {
+    pub(super) fn beside(&self, project: &Project, scratch: BranchId, head: LayerId) -> Result<Start> {
         let state = project.ledger.state();
         let facts = state.facts()?;
         Ok(Start {
@@ -443,7 +484,12 @@ impl Service {
             count(&operation.plan, "done");
             tracing::info!(%op, act, "an interrupted operation was finished");
         } else {
-            self.undo(project, op, "it was interrupted before it took effect".to_owned()).await?;
+            let why = "it was interrupted before it took effect".to_owned();
+            if let GaveUp::GoesBack = self.give_up(project, op, operation, why, &mut Under::default()).await? {
+                self.drive(project, op).await?;
+                tracing::info!(%op, act, "an interrupted operation was taken back");
+                return Ok(());
+            }
             self.clean_up(&operation.plan).await;
             self.clean_up_import(project, &operation.plan).await;
             count(&operation.plan, "undone");
@@ -451,6 +497,12 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// What became of an operation that failed before its point of no return.
+enum GaveUp {
+    Undone,
+    GoesBack,
 }
 
 /// The branch whose lock an act needs.
@@ -470,7 +522,11 @@ fn held_by(project: &Project, ask: &Ask) -> Result<Option<BranchId>> {
         | Ask::Wake { branch }
         | Ask::Export { branch, .. } => branch.as_str(),
         Ask::Release { .. } | Ask::Rollback { .. } => crate::decide::PROD,
-        Ask::ChangeBranch { .. } | Ask::Drill { .. } | Ask::ShowUrl { .. } | Ask::Import { .. } => return Ok(None),
+        Ask::ChangeBranch { .. }
+        | Ask::Drill { .. }
+        | Ask::Rehearse { .. }
+        | Ask::ShowUrl { .. }
+        | Ask::Import { .. } => return Ok(None),
     };
     Ok(Some(state.branch(name)?.0))
 }

@@ -1,5 +1,6 @@
 //! Operations over a machine in memory: what they do, and what a crash after any record of the ledger leaves.
 
+mod deploys;
 mod imports;
 
 use std::path::Path;
@@ -565,6 +566,10 @@ enum Cut {
     Drill,
     Import,
     ImportProject,
+    Rehearse,
+    DescribedRelease,
+    ReleaseGoesBack,
+    CodeGoesBack,
 }
 
 /// Imports a directory, and waits for what comes of it.
@@ -601,7 +606,7 @@ async fn prepare(rig: &Rig, service: &Arc<Service>, cut: Cut) {
             deploy(rig, service, "two", &["1.sql", "2.sql"]).await.unwrap();
             write(rig, service, "prod", "4").await;
         }
-        Cut::Release => {
+        Cut::Release | Cut::Rehearse | Cut::DescribedRelease | Cut::ReleaseGoesBack | Cut::CodeGoesBack => {
             deploy(rig, service, "one", &["1.sql"]).await.unwrap();
             write(rig, service, "prod", "3").await;
         }
@@ -620,6 +625,10 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
         Cut::Checkpoint => checkpoint(service, "prod", "two").await.map(drop),
         Cut::Restore => restore(service, "prod", "one").await.map(drop),
         Cut::Release => deploy(rig, service, "two", &["1.sql", "2.sql"]).await.map(drop),
+        Cut::Rehearse => deploys::rehearse(rig, service).await.map(drop),
+        Cut::DescribedRelease => deploys::deploy(rig, service, deploys::WELL).await.map(drop),
+        Cut::ReleaseGoesBack => deploys::given_up(deploys::deploy(rig, service, deploys::DATA_GOES_BACK).await),
+        Cut::CodeGoesBack => deploys::given_up(deploys::deploy(rig, service, deploys::CODE_GOES_BACK).await),
         Cut::Rollback => service.rollback(&caller(), "shop", "v1").await.map(drop),
         Cut::Suspend => service.suspend_compute(&caller(), "shop", "prod").await.map(drop),
         Cut::Drill => service.drill(&caller(), "shop", "prod", api::DrillBranch::default()).await.map(drop),
@@ -723,6 +732,13 @@ async fn check(rig: &Rig, service: &Arc<Service>, cut: Cut) -> bool {
             assert!(!done || data.contains("migration 2.sql"));
             done
         }
+        Cut::Rehearse => {
+            assert_eq!(rows(rig, service, "prod").await, ["1", "2", "3", "migration 1.sql"]);
+            !service.project("shop").unwrap().ledger.state().rehearsals.is_empty()
+        }
+        Cut::DescribedRelease => deploys::check_done(rig, service).await,
+        Cut::ReleaseGoesBack => deploys::check_data_back(rig, service).await,
+        Cut::CodeGoesBack => deploys::check_code_back(rig, service).await,
         Cut::Rollback => {
             let done = branch("rescue-prod-1").await;
             let old = set(&["1", "2", "3", "4", "migration 1.sql", "migration 2.sql"]);
@@ -800,6 +816,10 @@ cuts! {
     export_cut_at_every_record_is_done_or_undone Export
     drill_cut_at_every_record_is_done_or_undone Drill
     import_cut_at_every_record_is_done_or_undone Import
+    rehearsal_cut_at_every_record_is_done_or_undone Rehearse
+    described_release_cut_at_every_record_is_done_or_undone DescribedRelease
+    release_that_goes_back_cut_at_every_record_is_done_or_undone ReleaseGoesBack
+    release_whose_code_goes_back_cut_at_every_record_is_done_or_undone CodeGoesBack
     import_of_a_project_cut_at_every_record_is_done_or_undone ImportProject
 }
 

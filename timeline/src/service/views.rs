@@ -104,7 +104,9 @@ pub(super) fn drill_view(branch: &state::Branch, record: &Record) -> api::Drill 
     }
 }
 
-pub(super) fn release_view(state: &ProjectState, release: &state::Release) -> api::Release {
+/// A release; with `whole`, what its deploy found out, too.
+pub(super) fn release_view(state: &ProjectState, release: &state::Release, whole: bool) -> api::Release {
+    let found = if whole { release.found.as_ref().clone() } else { state::Found::default() };
     api::Release {
         id: release.id,
         name: release.name.clone(),
@@ -115,6 +117,10 @@ pub(super) fn release_view(state: &ProjectState, release: &state::Release) -> ap
         state: release.stage.as_str().to_owned(),
         current: state.code == Some(release.id),
         fault: release.fault.clone(),
+        rehearsal: found.rehearsal,
+        runs: found.runs,
+        probes: found.probes,
+        rescue: found.rescue,
     }
 }
 
@@ -210,6 +216,7 @@ impl Reader {
             Plan::Drill { branch, point, .. } => self.branch_name(*branch).map(|branch| format!("{branch}@{point}")),
             Plan::Restore { branch, to, .. } => self.branch_name(*branch).map(|branch| format!("{branch} to {to}")),
             Plan::Release { name, .. } => Some(name.clone()),
+            Plan::Rehearse { artifact, .. } => Some(artifact.chars().take(12).collect()),
             Plan::Rollback { to, .. } => self.state.release_by_id(*to).map(|release| format!("to {}", release.name)),
             Plan::Export { branch, point, dir, .. } => {
                 let point = point.as_ref().unwrap_or(&Point::Head);
@@ -235,6 +242,11 @@ fn result(events: &[Event]) -> String {
         match event {
             Event::DrillPassed { .. } => return "passed".to_owned(),
             Event::DrillFailed { fault, .. } => return format!("failed: {}", fault.what),
+            Event::ReleaseStays { fault, .. } => return format!("failed: {fault}"),
+            Event::ReleaseGoesBack { fault, .. } => return format!("goes back: {fault}"),
+            Event::Rehearsed { report } => {
+                return report.fault.as_ref().map_or("passed".to_owned(), |fault| format!("failed: {fault}"));
+            }
             _ => {}
         }
     }

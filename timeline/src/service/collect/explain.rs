@@ -148,6 +148,13 @@ fn takes_away(event: &Event) -> bool {
         | Event::ReleaseDeployed { .. }
         | Event::ReleaseFailed { .. }
         | Event::ReleasesRolledBack { .. }
+        | Event::ReleaseRehearsed { .. }
+        | Event::ReleaseMigrated { .. }
+        | Event::ReleaseProbed { .. }
+        | Event::ReleaseGoesBack { .. }
+        | Event::ReleaseStays { .. }
+        | Event::ReleaseTakenBack { .. }
+        | Event::Rehearsed { .. }
         | Event::DrillPassed { .. }
         | Event::DrillFailed { .. }
         | Event::OperationBegun { .. }
