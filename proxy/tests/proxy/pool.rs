@@ -70,6 +70,20 @@ async fn ways_to_ask_for_transaction_mode() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn clients_that_come_one_after_another_share_the_backend_of_a_pool_of_one() {
+    let ebb = pool_of(1).await;
+    let mut pids = BTreeSet::new();
+    for way in
+        [format!("host={ENDPOINT}-pooler.localhost sslmode=require"), format!("options=endpoint={ENDPOINT}-pooler")]
+    {
+        for _ in 0..5 {
+            pids.insert(ebb.psql(&way, PID).await.unwrap());
+        }
+    }
+    assert_eq!(pids.len(), 1, "{pids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn prepared_statements_work_on_whichever_backend() {
     let ebb = pool_of(2).await;
     let (client, other) = (ebb.connect_pooled().await, ebb.connect_pooled().await);
