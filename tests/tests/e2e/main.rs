@@ -5,6 +5,7 @@ mod branches;
 mod bucket_s3;
 mod collect;
 mod connections;
+mod deploys;
 mod diff;
 mod docs;
 mod drills;

@@ -105,7 +105,7 @@ impl Watch {
     pub async fn end(self, session: &Session, run: &mut MigrationRun) -> Result<()> {
         self.looking.abort();
         if run.locks.is_empty() {
-            self.from_outside(session, run).await?;
+            self.look_outside(session, run).await?;
         }
         run.locks.sort_by_key(|lock| std::cmp::Reverse((strength(&lock.mode), lock.held_ms)));
         run.locks.truncate(NAMED_MAX);
@@ -125,7 +125,7 @@ impl Watch {
     }
 
     /// The locks of a statement that was no transaction of ours, as far as they were seen.
-    async fn from_outside(&self, session: &Session, run: &mut MigrationRun) -> Result<()> {
+    async fn look_outside(&self, session: &Session, run: &mut MigrationRun) -> Result<()> {
         let seen: Vec<_> = self.seen.lock().iter().map(|(key, since)| (key.clone(), *since)).collect();
         let sql = format!(
             "select c.oid::regclass::text from pg_class c join pg_namespace n on n.oid = c.relnamespace \

@@ -19,6 +19,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ebb_types::{BranchId, LayerId, OperationId, ReleaseId};
 
@@ -34,6 +35,12 @@ use crate::probe::{self, Place};
 use crate::release_file::{Automatic, Policy, Question, ReleaseFile};
 use crate::state::Operation;
 use crate::{Error, Refusal, Result};
+
+/// LIMIT: a Postgres that has crashed recovers within this, or the release is given up as it is.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether it has.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A release under way, by the parts of its plan.
 struct Deploy<'a> {
@@ -250,12 +257,7 @@ impl Service {
         if !has_begun || deploy.policy().rollback != Automatic::Data {
             return Ok(Err(why));
         }
-        let cell = project.cell(deploy.branch);
-        let applied = async {
-            self.wake_locked(project, deploy.branch, &cell).await?;
-            self.node.applied(deploy.branch, deploy.name).await
-        };
-        let applied = match applied.await {
+        let applied = match self.applied(project, &deploy).await {
             Ok(0) => return Ok(Err(why)),
             Ok(applied) => applied,
             Err(error) => {
@@ -275,6 +277,22 @@ impl Service {
             }
             Remedy::Stays(reason) => Ok(Err(format!("{why}; its earlier migrations stay: {reason}"))),
             Remedy::Code => Ok(Err(why)),
+        }
+    }
+
+    /// How many of its migrations are in. A Postgres that crashed meanwhile is waited for.
+    async fn applied(self: &Arc<Self>, project: &Arc<Project>, deploy: &Deploy<'_>) -> Result<u64> {
+        let cell = project.cell(deploy.branch);
+        let until = Instant::now() + ANSWERS_WITHIN;
+        loop {
+            let applied = match self.wake_locked(project, deploy.branch, &cell).await {
+                Ok(_) => self.node.applied(deploy.branch, deploy.name).await,
+                Err(error) => Err(error),
+            };
+            match applied {
+                Err(_) if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
+                applied => return applied,
+            }
         }
     }
 

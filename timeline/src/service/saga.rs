@@ -215,7 +215,8 @@ impl Service {
             Plan::Drill { .. } => return self.verify(project, op, operation).await,
             Plan::Rehearse { .. } => return self.rehearse_alone(project, op, operation).await,
             Plan::Release { described: Some(described), .. } => {
-                if self.deploy_step(project, op, operation, described, under).await? {
+                let is_done = self.deploy_step(project, op, operation, described, under).await?;
+                if is_done {
                     return Ok(());
                 }
             }
