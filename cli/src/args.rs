@@ -593,7 +593,7 @@ pub enum NodeCommand {
     List,
 }
 
-/// `ebb compute suspend|wake|move|status`
+/// `ebb compute suspend|wake|move|status|wakes`
 #[derive(Debug, Subcommand)]
 pub enum ComputeAct {
     /// Stop the Postgres of a branch; its clients stay connected
@@ -616,6 +616,12 @@ pub enum ComputeAct {
         /// The node's name or identifier: see `ebb node list`
         #[arg(long, value_name = "NODE")]
         to: String,
+    },
+    /// Show the newest wakes on this node, and how long each stage of them took
+    #[command(after_help = "Examples:\n  ebb compute wakes\n  ebb compute wakes shop/prod")]
+    Wakes {
+        /// PROJECT/BRANCH; all branches without it
+        branch: Option<BranchRef>,
     },
     /// Show whether a branch is awake, who is connected, and what keeps it awake
     #[command(after_help = "Example:\n  ebb compute status shop/prod")]

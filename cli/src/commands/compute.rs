@@ -1,6 +1,6 @@
-//! `ebb compute suspend|wake|move|status`, and `ebb node`.
+//! `ebb compute suspend|wake|move|status|wakes`, and `ebb node`.
 
-use ebb_timeline::api::types::{Compute, NodeList};
+use ebb_timeline::api::types::{Compute, NodeList, WakeList};
 use ebb_timeline::clients::SessionRow;
 use serde_json::json;
 
@@ -30,6 +30,10 @@ pub fn run(to: &Session, command: ComputeCommand) -> Result<(), Failure> {
             let answer = to.client.post(&format!("projects/{project}/move"), &json!({"to": node}), None)?;
             to.done(&answer, || format!("{project} is on node {node}"));
             Ok(())
+        }
+        ComputeAct::Wakes { branch } => {
+            let path = branch.map_or("wakes".to_owned(), |branch| format!("{}/compute/wakes", branch_path(&branch)));
+            to.show(&to.client.get(&path)?, |list: WakeList| wakes(list))
         }
         ComputeAct::Status { branch } => {
             to.show(&to.client.get(&format!("{}/compute", branch_path(&branch)))?, |view: Compute| status(view))
@@ -83,6 +87,26 @@ fn status(view: Compute) -> String {
     text
 }
 
+/// The stages of a wake, as columns.
+const STAGES: [&str; 8] = ["resolve", "prepare", "spawn", "isolate", "open", "mount", "start", "recover"];
+
+fn wakes(list: WakeList) -> String {
+    let header =
+        ["AT", "BRANCH", "MS", "RESOLVE", "PREPARE", "SPAWN", "ISOLATE", "OPEN", "MOUNT", "START", "RECOVER", "ERROR"];
+    let rows = list.wakes.into_iter().map(|wake| {
+        let took = |name: &str| {
+            let stage = wake.stages.iter().find(|stage| stage.name == name);
+            stage.map(|stage| format!("{:.1}", stage.milliseconds)).unwrap_or_default()
+        };
+        let [resolve, prepare, spawn, isolate, open, mount, start, recover] = STAGES.map(took);
+        let branch = wake.branch.clone().unwrap_or_else(|| wake.id.to_string());
+        let whole = format!("{:.1}", wake.milliseconds);
+        let error = wake.error.clone().unwrap_or_default();
+        [seconds(wake.at), branch, whole, resolve, prepare, spawn, isolate, open, mount, start, recover, error]
+    });
+    table(header, rows)
+}
+
 fn sessions(rows: Vec<SessionRow>) -> String {
     table(
         ["CONN", "ROLE", "DATABASE", "APPLICATION", "PEER", "STATE", "SINCE", "REASON"],
@@ -104,6 +128,23 @@ fn sessions(rows: Vec<SessionRow>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wakes_are_a_line_each() {
+        let list = serde_json::from_value(json!({"wakes": [
+            {"id": "br_00000000000000000000000000000001", "branch": "shop/prod", "at": "2026-11-21T06:00:01Z",
+             "milliseconds": 61.2, "stages": [
+                {"name": "resolve", "milliseconds": 0.8}, {"name": "prepare", "milliseconds": 2.1},
+                {"name": "spawn", "milliseconds": 4.0}, {"name": "recover", "milliseconds": 31.25}]},
+            {"id": "br_00000000000000000000000000000002", "at": "2026-11-21T06:00:00Z", "milliseconds": 9.0,
+             "stages": [{"name": "resolve", "milliseconds": 0.5}], "error": "the disk is full"},
+        ]}));
+        insta::assert_snapshot!(wakes(list.unwrap()), @r"
+        AT                    BRANCH                               MS    RESOLVE  PREPARE  SPAWN  ISOLATE  OPEN  MOUNT  START  RECOVER  ERROR
+        2026-11-21 06:00:01Z  shop/prod                            61.2  0.8      2.1      4.0                                 31.2
+        2026-11-21 06:00:00Z  br_00000000000000000000000000000002  9.0   0.5                                                            the disk is full
+        ");
+    }
 
     #[test]
     fn status_says_who_keeps_a_compute_awake() {

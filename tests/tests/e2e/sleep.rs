@@ -125,3 +125,28 @@ async fn a_password_changed_in_sql_is_valid_at_the_next_login() {
     node.try_connect(&new).await.expect("the new password is good while the compute sleeps");
     node.try_connect(&old).await.expect_err("the old one is not");
 }
+
+#[test]
+fn the_newest_wakes_are_told_with_their_stages() {
+    let node = Node::with_shop();
+    for branch in ["shop/prod", "shop/dev", "shop/prod"] {
+        node.psql(branch, "select 1");
+        node.suspend(branch);
+    }
+    let of = |args: &[&str]| node.json(args)["wakes"].as_array().expect("a list").clone();
+    wait_for("three wakes to be noted", || of(&["compute", "wakes"]).len() >= 3);
+    let wakes = of(&["compute", "wakes", "shop/prod"]);
+    assert_eq!(wakes.len(), 2, "{wakes:?}");
+    for wake in &wakes {
+        let stages = wake["stages"].as_array().expect("it has stages");
+        let names: Vec<_> = stages.iter().filter_map(|stage| stage["name"].as_str()).collect();
+        assert_eq!(names, ["resolve", "prepare", "spawn", "isolate", "open", "mount", "start", "recover"]);
+        let sum: f64 = stages.iter().filter_map(|stage| stage["milliseconds"].as_f64()).sum();
+        let whole = wake["milliseconds"].as_f64().expect("it took a time");
+        assert!((sum - whole).abs() < 5.0, "stages take {sum} ms of {whole}");
+    }
+    assert!(wakes[0]["at"].as_str() > wakes[1]["at"].as_str(), "the newest first");
+    let shown = node.ok(&["compute", "wakes"]);
+    assert!(shown.contains("RECOVER") && shown.contains("shop/dev"), "{shown}");
+    assert_ne!(node.ebb(&["compute", "wakes", "shop/none"]).code, 0);
+}

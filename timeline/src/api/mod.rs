@@ -13,6 +13,7 @@ mod drills;
 mod routes;
 pub mod types;
 mod upkeep;
+mod wakes;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -51,6 +52,8 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route(&of_branch("/compute"), get(routes::show_compute))
         .route(&of_branch("/compute/suspend"), post(routes::suspend_compute))
         .route(&of_branch("/compute/wake"), post(routes::wake_compute))
+        .route(&of_branch("/compute/wakes"), get(wakes::list_wakes_of_branch))
+        .route("/v1/wakes", get(wakes::list_wakes))
         .route(&of_branch("/export"), post(routes::export))
         .route("/v1/projects/{project}/releases", get(routes::list_releases).post(routes::create_release))
         .route("/v1/projects/{project}/releases/{release}", get(deploys::show_release))

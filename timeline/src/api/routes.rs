@@ -56,6 +56,8 @@ pub(super) fn done<T>(value: T) -> Answered<T> {
         list_clients,
         suspend_compute,
         wake_compute,
+        super::wakes::list_wakes,
+        super::wakes::list_wakes_of_branch,
         export,
         list_releases,
         create_release,

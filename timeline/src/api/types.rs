@@ -338,6 +338,43 @@ pub struct Compute {
     pub visits: Vec<Visit>,
 }
 
+/// Answer to `GET …/wakes`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct WakeList {
+    /// The newest first.
+    pub wakes: Vec<Wake>,
+}
+
+/// One wake of a branch.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Wake {
+    /// The branch's identifier.
+    #[schema(value_type = String)]
+    pub id: BranchId,
+    /// `project/branch`; absent if the branch was deleted since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
+    /// When it began.
+    #[schema(value_type = String)]
+    pub at: Timestamp,
+    /// From being asked for to its end.
+    pub milliseconds: f64,
+    /// Its stages, in their order, as far as they were reached and are known.
+    pub stages: Vec<WakeStage>,
+    /// Why it failed, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A stage of a wake.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct WakeStage {
+    /// `resolve`, `prepare`, `spawn`, `isolate`, `open`, `mount`, `start`, `recover`.
+    pub name: String,
+    /// How long it took.
+    pub milliseconds: f64,
+}
+
 /// Answer to `GET …/clients`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ClientList {

@@ -11,6 +11,7 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
+use super::wakes::Course;
 use super::{Project, Service};
 use crate::clients::{Rest, SessionRow, SharedClients};
 use crate::decide::Command;
@@ -184,11 +185,11 @@ impl Service {
     }
 
     fn begin_wake(self: &Arc<Self>, project: Arc<Project>, branch: BranchId, cell: Arc<Cell>) -> SharedWake {
-        let service = self.clone();
+        let (service, asked) = (self.clone(), Instant::now());
         let task = self.tasks.spawn(async move {
             let _ops = cell.ops.clone().lock_owned().await;
             let _forget = WakeGuard(cell.clone());
-            service.wake_locked(&project, branch, &cell).await
+            service.wake_asked(&project, branch, &cell, asked).await
         });
         let outcome = task.map(|ended| match ended {
             Ok(outcome) => outcome.map_err(Arc::new),
@@ -203,6 +204,16 @@ impl Service {
         project: &Arc<Project>,
         branch: BranchId,
         cell: &Arc<Cell>,
+    ) -> Result<AwakeUnit> {
+        self.wake_asked(project, branch, cell, Instant::now()).await
+    }
+
+    async fn wake_asked(
+        self: &Arc<Self>,
+        project: &Arc<Project>,
+        branch: BranchId,
+        cell: &Arc<Cell>,
+        asked: Instant,
     ) -> Result<AwakeUnit> {
         self.claim(project).await?;
         if let Compute::Active(serving) = &cell.inner.lock().compute {
@@ -231,7 +242,7 @@ impl Service {
         if start.durability == Durability::Bucket {
             self.upload_base(project, branch).await?;
         }
-        let began = Instant::now();
+        let course = Course::begin(asked, self.clock.now());
         cell.inner.lock().step(ComputeEvent::Wake, self.clock.now())?;
         let started = match self.node.start(&start).await {
             Ok(socket) => self.still_ours(project, &start.data).await.map(|()| socket),
@@ -245,7 +256,8 @@ impl Service {
                     self.serve(project, &mut inner, socket)?
                 };
                 metrics::counter!("ebb_timeline_wakes_total", "result" => "ok").increment(1);
-                metrics::histogram!("ebb_timeline_wake_seconds").record(began.elapsed());
+                metrics::histogram!("ebb_timeline_wake_seconds").record(course.resolved.elapsed());
+                self.note_wake(branch, course, None);
                 tracing::info!(%branch, generation = serving.generation, "compute woken");
                 self.watch(project, branch, cell, serving.generation);
                 Ok((&serving).into())
@@ -254,6 +266,7 @@ impl Service {
                 cell.inner.lock().step(ComputeEvent::Failed, self.clock.now())?;
                 metrics::counter!("ebb_timeline_wakes_total", "result" => "failed").increment(1);
                 tracing::error!(%branch, error = error.chain(), "a wake failed");
+                self.note_wake(branch, course, Some(&error));
                 Err(error)
             }
         }

@@ -36,6 +36,7 @@ mod upkeep;
 mod uploads;
 mod views;
 mod visits;
+mod wakes;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
@@ -170,6 +171,7 @@ pub struct Service {
     /// Bytes of the files of images, which never change.
     image_sizes: Mutex<HashMap<LayerId, u64>>,
     visits: visits::Visits,
+    wakes: wakes::Wakes,
     /// Something changed that the reconciler should look at.
     changed: Notify,
     /// The other nodes' records are to be looked at now.
@@ -269,6 +271,7 @@ impl Service {
             drilling: tokio::sync::Mutex::default(),
             image_sizes: Mutex::default(),
             visits: visits::Visits::default(),
+            wakes: wakes::Wakes::default(),
             changed: Notify::new(),
             look_now: Notify::new(),
             left_behind: Notify::new(),
