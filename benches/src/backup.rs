@@ -11,13 +11,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::stats::{Samples, heading, report};
+use ebb_measure::wait_for;
 use serde_json::json;
 
 use crate::Common;
 use crate::native::Native;
-use crate::node::{Node, settings_of, wait_for};
+use crate::node::{Node, settings_of};
 use crate::pgbench::{self, over_socket, psql};
-use crate::stats::{Samples, heading, report};
 
 const DAYS: usize = 30;
 const PROBE: &str = "select sum(abalance) from pgbench_accounts where aid < 1000";

@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use ebb_measure::stats::{Samples, heading, report};
 use serde_json::json;
 use tokio_postgres::NoTls;
 
 use crate::Common;
 use crate::node::Node;
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report};
 
 /// Makes branches of a small and of a large database in turns, under a writer whose worst latency is noted.
 pub fn run(common: &Common) -> Result<()> {

@@ -13,14 +13,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use ebb_measure::stats::{Samples, heading, report};
+use ebb_measure::wait_for;
 use ebb_test_s3::{ACCESS_KEY, BUCKET, SECRET_KEY, Seaweed};
 use serde_json::json;
 use tokio_postgres::NoTls;
 
 use crate::Common;
-use crate::node::{Node, wait_for};
+use crate::node::Node;
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report};
 
 /// Half of the latency of a request.
 const ONE_WAY: Duration = Duration::from_millis(10);

@@ -8,13 +8,14 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Result;
+use ebb_measure::stats::{Samples, heading, report};
+use ebb_measure::wait_for;
 use serde_json::json;
 
 use crate::Common;
 use crate::native::Native;
-use crate::node::{Node, settings_of, wait_for};
+use crate::node::{Node, settings_of};
 use crate::pgbench::{self, Round, over_socket, psql};
-use crate::stats::{Samples, heading, report};
 
 const SCRIPT: &str = "insert into commits values (:client_id, random());\n";
 const TABLE: &str = "create table commits (client int, value float8)";

@@ -6,14 +6,15 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use ebb_measure::stats::{Samples, heading, report};
+use ebb_measure::wait_for;
 use ebb_storage::layer::Manifest;
 use serde_json::json;
 use tokio_postgres::NoTls;
 
 use crate::Common;
-use crate::node::{Node, wait_for};
+use crate::node::Node;
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report};
 
 /// Seals of the deep branch.
 const SEALS: usize = 1000;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use ebb_measure::stats::{Samples, heading};
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
@@ -19,7 +20,6 @@ use tokio_postgres::NoTls;
 use crate::Common;
 use crate::node::Node;
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading};
 
 /// The load balancer's address.
 const BALANCER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);

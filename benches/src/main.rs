@@ -23,7 +23,6 @@ mod node;
 mod pgbench;
 mod pool;
 mod rival;
-mod stats;
 mod volume;
 mod wake;
 

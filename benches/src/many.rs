@@ -4,11 +4,11 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::stats::{Samples, heading, report};
 use serde_json::json;
 
 use crate::Common;
 use crate::node::Node;
-use crate::stats::{Samples, heading, report};
 
 /// LIMIT: two windows of this many are compared.
 const WINDOW: usize = 200;

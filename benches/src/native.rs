@@ -5,9 +5,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::wait_for;
 
 use crate::Common;
-use crate::node::wait_for;
 
 /// A plain cluster. What is at `dir`: `data`, the socket, the log.
 #[derive(Debug)]

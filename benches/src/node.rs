@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use ebb_measure::process::private_memory_kib;
+use ebb_measure::wait_for;
 use serde_json::{Value, json};
 
 use crate::Common;
@@ -118,9 +120,7 @@ impl Node {
 
     /// Memory of the server process, without what it shares with others.
     pub fn memory_kib(&self) -> Result<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.server.id()))?;
-        let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
-        Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
+        private_memory_kib(self.server.id())
     }
 
     /// libpq parameters to reach a branch through the proxy.
@@ -152,21 +152,6 @@ impl Drop for Node {
 /// A port nobody listens on just now.
 pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}
-
-/// LIMIT: the longest wait is for ten gigabytes to be packed and uploaded.
-const WAIT_MAX: Duration = Duration::from_secs(15 * 60);
-
-/// Waits until something holds, for at most [`WAIT_MAX`].
-pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
-    let deadline = Instant::now() + WAIT_MAX;
-    while !holds() {
-        if Instant::now() > deadline {
-            bail!("{what} did not come up within {WAIT_MAX:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 /// Settings of the compute behind a socket directory that a plain Postgres must share to be comparable.

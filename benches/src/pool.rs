@@ -5,12 +5,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::process::private_memory_kib;
+use ebb_measure::stats::{Samples, heading, report};
+use ebb_measure::wait_for;
 use serde_json::json;
 
 use crate::Common;
-use crate::node::{Node, free_port, wait_for};
+use crate::node::{Node, free_port};
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report};
 
 /// Backends behind either pooler.
 const BACKENDS: usize = 20;
@@ -68,7 +70,7 @@ pub fn run(common: &Common) -> Result<()> {
 fn many(common: &Common, sides: [(&Vec<String>, u32); 2]) -> Result<()> {
     let mut found: [(f64, f64); 2] = Default::default();
     for ((target, pid), found) in sides.into_iter().zip(&mut found) {
-        let before = memory_kib(pid)?;
+        let before = private_memory_kib(pid)?;
         let mut seen = before;
         let script = format!("-c {MANY} -j 2 -n -S -M simple -T {}", common.seconds);
         let mut pgbench = Command::new(common.pg_bin.join("pgbench"))
@@ -79,7 +81,7 @@ fn many(common: &Common, sides: [(&Vec<String>, u32); 2]) -> Result<()> {
             .stderr(Stdio::piped())
             .spawn()?;
         while pgbench.try_wait()?.is_none() {
-            seen = seen.max(memory_kib(pid)?);
+            seen = seen.max(private_memory_kib(pid)?);
             std::thread::sleep(Duration::from_millis(200));
         }
         let out = pgbench.wait_with_output()?;
@@ -92,13 +94,6 @@ fn many(common: &Common, sides: [(&Vec<String>, u32); 2]) -> Result<()> {
     report(&format!("{MANY} clients on {BACKENDS} backends"), "tps", tps, "pgbouncer", their_tps, ">= 1");
     report("  memory per client, at most", "KiB", memory, "pgbouncer", their_memory, "<= 8 KiB");
     Ok(())
-}
-
-/// Memory of a process, without what it shares with others.
-fn memory_kib(pid: u32) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
-    Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
 }
 
 /// A PgBouncer in transaction mode in front of one socket directory.

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::stats::{Samples, heading, report};
 use serde_json::json;
 use tokio_postgres::NoTls;
 
@@ -18,7 +19,6 @@ use crate::Common;
 use crate::native::Native;
 use crate::node::{Node, settings_of};
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report};
 use crate::wake::first_row;
 
 /// A way of a file system to copy a directory of a running cluster.

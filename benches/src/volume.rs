@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use ebb_measure::stats::{Samples, heading, report, report_speed};
 use tokio_postgres::NoTls;
 
 use crate::Common;
 use crate::native::Native;
 use crate::node::{Node, settings_of};
 use crate::pgbench::{self, over_socket};
-use crate::stats::{Samples, heading, report, report_speed};
 
 /// What is timed besides pgbench: a name, what is run before without counting, whether both page caches are dropped, and
 /// the statement.

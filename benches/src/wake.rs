@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use ebb_measure::stats::{Samples, heading, report};
 use tokio_postgres::NoTls;
 
 use crate::Common;
 use crate::native::Native;
 use crate::node::{Node, settings_of};
-use crate::stats::{Samples, heading, report};
 
 /// Suspends and connects, in turns with a bare start.
 pub fn run(common: &Common) -> Result<()> {

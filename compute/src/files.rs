@@ -16,7 +16,9 @@ pub(crate) const LOG: &str = "postgres.log";
 pub(crate) const CONTROL: &str = "control.sock";
 /// SCRAM verifiers by role.
 pub(crate) const ROLES: &str = "roles.json";
-/// Postgres' socket …
+/// The name of Postgres' socket.
+pub(crate) const SOCKET_NAME: &str = ".s.PGSQL.5432";
+/// Where it is …
 pub(crate) const SOCKET: &str = "run/.s.PGSQL.5432";
 /// … and its lock file.
 pub(crate) const SOCKET_LOCK: &str = "run/.s.PGSQL.5432.lock";

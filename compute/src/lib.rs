@@ -10,7 +10,7 @@
 //!
 //! **Invariants.** One unit for each branch, held by a lock on `unit.lock` that every process of the unit shares: it is
 //! free only when all of them are gone. Killing the unit kills its Postgres, and the mount goes with them (decision
-//! 0003). Nothing of a unit is on the network.
+//! 0003). Nothing of a unit's Postgres is on the network, nor sees files of the machine (decision 0022).
 //!
 //! **Crash.** A unit outlives `ebb serve`, which finds it again by its control socket. A unit that dies leaves the
 //! volume as a power failure would, and Postgres recovers at the next start.

@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
 
 use crate::errors::Said;
 use crate::startup::CancelKey;
@@ -16,6 +18,11 @@ use crate::wire::{Fields, error_field, message, read_message};
 const SUN_PATH_MAX: usize = 107;
 /// LIMIT: what a backend says at start-up is short; an error with its hints the longest.
 const STARTUP_MESSAGE_MAX: usize = 64 * 1024;
+/// LIMIT: how long a backend may take to close once it is told to.
+const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// `Terminate`.
+pub const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
 /// A backend that has just become ready for queries.
 #[derive(Debug)]
@@ -111,6 +118,17 @@ impl Backend {
             }
         }
     }
+}
+
+/// Tells a backend to close and waits until it has, so that whoever stops the compute next does not find it. One that is
+/// stuck goes with its compute.
+pub async fn terminate(backend: &mut UnixStream) {
+    let closing = async {
+        backend.write_all(&TERMINATE).await?;
+        while backend.read(&mut [0; 256]).await? > 0 {}
+        io::Result::Ok(())
+    };
+    let _ = timeout(TERMINATE_TIMEOUT, closing).await;
 }
 
 /// An `ErrorResponse` to pass on as it came.

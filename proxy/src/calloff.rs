@@ -1,5 +1,5 @@
-//! What becomes of a query that is cancelled before any backend has it, because its compute is still waking or a fence holds
-//! it: it is thrown away up to its sync point, and the proxy answers in Postgres' place. Pure.
+//! What becomes of a query that is cancelled before any backend has it, because its compute is still waking, a fence holds it
+//! or all backends of a pool are taken: it is thrown away up to its sync point, and the proxy answers in Postgres' place. Pure.
 
 use crate::conversation::{Malformed, is_frontend_tag};
 use crate::errors::Said;

@@ -303,7 +303,7 @@ impl Said {
             severity: Severity::Error,
             ..Self::fatal(SqlState::QUERY_CANCELED, "canceling statement due to user request")
         }
-        .detail("It was waiting for its compute and had not begun.")
+        .detail("It was waiting for a connection to its compute and had not begun.")
     }
 
     /// A wait that has become long enough to be worth a word: for a fence, or for a wake.

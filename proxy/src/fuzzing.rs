@@ -6,10 +6,36 @@
 mod server;
 
 use crate::conversation::Conversation;
+use crate::proxy_protocol::{FIXED, Parsed, Source, parse};
 use crate::scram::{Exchange, Verifier};
 use crate::startup::{Packet, endpoint_of_host};
 use crate::wire::message;
 use server::Server;
+
+/// The beginning of a load balancer's connection: what is told of a part of it holds of the whole, and no byte behind the
+/// header is asked for, since that is the client's.
+pub fn proxy_header(bytes: &[u8]) {
+    let whole = parse(bytes);
+    for have in 0..bytes.len() {
+        match (parse(&bytes[..have]), whole) {
+            (Ok(Parsed::Incomplete(lacks)), Ok(Parsed::Header { length, .. })) => {
+                assert!(lacks > 0 && have + lacks <= length, "{lacks} bytes more than {have} of {length}");
+            }
+            (Ok(Parsed::Incomplete(lacks)), _) => assert!(lacks > 0),
+            (known, whole) => assert_eq!(known, whole, "with {have} bytes"),
+        }
+    }
+    match whole {
+        Ok(Parsed::Header { length, source }) => {
+            assert!((FIXED..=bytes.len()).contains(&length));
+            if let Source::Client(address) = source {
+                assert_eq!(address.ip().to_canonical(), address.ip(), "rates and lists know it by one name only");
+            }
+        }
+        Ok(Parsed::Incomplete(lacks)) => assert!(lacks > 0),
+        Err(malformed) => assert!(!malformed.to_string().is_empty()),
+    }
+}
 
 /// The first packet of a connection: it is refused in words, or what goes on to Postgres is one packet, of the one role that
 /// has proved itself.

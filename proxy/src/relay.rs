@@ -15,9 +15,11 @@ use std::task::{Context, Poll};
 use crate::backend::is_postmaster_death;
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::{Conversation, Malformed};
+use crate::errors::Said;
 use crate::haste::{Haste, Turn};
 use crate::pings::is_ping;
 use crate::replication::Walstream;
+use crate::session::Client;
 use crate::stream::{Buffer, ClientStream};
 use crate::unix::UnixStream;
 
@@ -38,20 +40,28 @@ pub fn count_passed(passed: &mut [u64; 2]) {
 pub enum Pause {
     /// The gate is up and the session is at rest before it.
     AtGate,
-    /// The proxy drains and the session is at rest.
+    /// The session is at rest, and in session mode the proxy drains.
     AtRest,
     /// The client closed or broke off.
     ClientGone,
     /// The backend closed; all it said has been passed on.
     ServerGone,
-    /// The client sent something that is not the protocol.
-    Malformed(Malformed),
-    /// The server did.
+    /// The client is not to be served any more, and told why: it sent what it may not, say.
+    Refused(Box<Said>),
+    /// The server sent something that is not the protocol.
     ServerMalformed,
     /// An order to end at once.
     Ordered(Order),
     /// What the backend said may not be told: another node may have the branch.
     Unowned,
+}
+
+impl Pause {
+    /// The client sent something that is not the protocol.
+    #[cold]
+    pub fn malformed(what: Malformed) -> Self {
+        Self::Refused(Box::new(Said::malformed(&what.to_string())))
+    }
 }
 
 /// Both ends of a session and what lies between.
@@ -97,19 +107,9 @@ struct Flow {
 
 impl<'a> Link<'a> {
     /// Ties both ends together.
-    #[expect(clippy::too_many_arguments, reason = "each is a separate borrow of the session's parts")]
-    pub fn new(
-        client: &'a mut ClientStream,
-        backend: &'a mut UnixStream,
-        up: &'a mut Buffer,
-        down: &'a mut Buffer,
-        conversation: &'a mut Conversation,
-        seat: &'a Seat,
-        branch: &'a Branch,
-        passed: &'a mut [u64; 2],
-    ) -> Self {
-        let active = !conversation.is_idle() || up.has_held();
-        let flow = Flow { active, ..Flow::default() };
+    pub fn new(client: &'a mut Client, backend: &'a mut UnixStream, up: &'a mut Buffer, down: &'a mut Buffer) -> Self {
+        let Client { stream: client, conversation, seat, branch, passed, .. } = client;
+        let flow = Flow { active: !conversation.is_idle() || up.has_held(), ..Flow::default() };
         Self { client, backend, up, down, conversation, seat, branch, passed, select_one: false, walstream: None, flow }
     }
 
@@ -226,7 +226,7 @@ impl<'a> Link<'a> {
             let turn_begins = self.conversation.is_idle() && self.conversation.client_at_boundary();
             self.flow.pinged =
                 turn_begins && is_ping(self.up.held(), self.select_one, |name| self.conversation.ping_statement(name));
-            let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::Malformed)?;
+            let count = self.conversation.client_sent(self.up.held(), self.flow.gated).map_err(Pause::malformed)?;
             if let Some(walstream) = &mut self.walstream {
                 walstream.client_sent(&self.up.held()[..count]);
             }

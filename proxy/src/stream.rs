@@ -17,7 +17,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// LIMIT: how much of what a client had already sent is read and thrown away after the last words.
 const GOODBYE_BYTES_MAX: usize = 1 << 20;
-/// LIMIT: one TLS record; big enough that bulk data costs few system calls, small enough for thousands of clients that
+/// LIMIT: less than two TLS records; big enough that bulk data costs few system calls, small enough for thousands of clients that
 /// are slow at once: each may hold one block per direction.
 const BLOCK_SIZE: usize = 14 * 1024;
 /// LIMIT: blocks a thread keeps for whoever needs one next. More are wanted only by many slow peers at once.

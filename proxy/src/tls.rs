@@ -169,6 +169,13 @@ impl ResolvesServerCert for Authority {
 /// What a client that speaks ALPN calls the protocol (PostgreSQL 18, 54.2.10).
 pub const ALPN: &[u8] = b"postgresql";
 
+/// LIMIT: plaintext of one record, as Postgres sends it. libpq has room for so much when it reads (`pqReadData`, fe-misc.c); of
+/// a longer record the rest stays in its TLS library, and a client that waits at its socket, as all of libpq's asynchronous
+/// functions are used and as pg_basebackup receives WAL, does not learn that it is there.
+const RECORD_MAX: usize = 8 * 1024;
+/// What rustls counts to the size of a record besides: its header.
+const RECORD_HEADER: usize = 5;
+
 /// The TLS settings of the listening side: TLS 1.2 and 1.3; client certificates where there is a verifier for them. A
 /// client that offers other protocols only is refused in the handshake.
 ///
@@ -183,6 +190,7 @@ pub fn server_config(
         .with_client_cert_verifier(clients.unwrap_or_else(|| Arc::new(NoClientAuth)))
         .with_cert_resolver(shown);
     config.alpn_protocols = vec![ALPN.to_vec()];
+    config.max_fragment_size = Some(RECORD_MAX + RECORD_HEADER);
     Ok(Arc::new(config))
 }
 

@@ -3,12 +3,14 @@
 //! Everything is real: the built `ebb` binary, stock Postgres, FUSE mounts, psql, pgbench and drivers. A test waits for
 //! conditions, never for time. When a [`Node`] is dropped, nothing of it may be left: no process, no mount.
 
+mod authority;
 mod history;
 mod node;
 mod python;
 mod stock;
 mod writer;
 
+pub use authority::Authority;
 pub use history::{Written, write_history};
 pub use node::{Node, Ran, kill, pg_bin, run};
 pub use python::python;

@@ -1,7 +1,7 @@
 //! Stock Postgres beside Ebb: what somebody comes with, and what they can go back to.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use ebb_test_s3::free_port;
 use tempfile::TempDir;
 
 use crate::node::{Ran, pg_bin, run};
-use crate::{COMMAND_PATIENCE, wait_for};
+use crate::{Authority, COMMAND_PATIENCE, wait_for};
 
 /// A cluster of a test's own, on a port of 127.0.0.1; stopped and removed when dropped.
 #[derive(Debug)]
@@ -124,11 +124,34 @@ impl Stock {
         openssl.arg("-out").arg(&crt).arg("-keyout").arg(&key);
         let made = openssl.current_dir(self.dir.path()).output().expect("openssl can be started");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let hba = self.data().join("pg_hba.conf");
-        let rules = fs::read_to_string(&hba).expect("rules can be read").replace("\nhost ", "\nhostssl ");
-        fs::write(&hba, rules).expect("rules can be written");
+        self.only_hostssl("");
         fs::write(self.data().join("postgresql.auto.conf"), "ssl = on\n").expect("settings can be written");
         crt
+    }
+
+    /// Lets nobody in over TCP without TLS and a certificate of this authority; its own is the one that was signed as
+    /// `server`.
+    pub fn only_with_certificates(&self, authority: &Authority) {
+        for name in ["server.crt", "server.key", "ca.pem"] {
+            let to = self.data().join(name);
+            fs::copy(authority.path(name), &to).expect("a file can be copied");
+            let owner = fs::metadata(self.data()).expect("the directory is there");
+            let (uid, gid) = (MetadataExt::uid(&owner), MetadataExt::gid(&owner));
+            std::os::unix::fs::chown(&to, Some(uid), Some(gid)).expect("a file can be given away");
+        }
+        self.only_hostssl(" clientcert=verify-ca");
+        let settings = "ssl = on\nssl_ca_file = 'ca.pem'\n";
+        fs::write(self.data().join("postgresql.auto.conf"), settings).expect("settings can be written");
+    }
+
+    fn only_hostssl(&self, options: &str) {
+        let hba = self.data().join("pg_hba.conf");
+        let rules = fs::read_to_string(&hba).expect("rules can be read");
+        let changed = rules.lines().map(|rule| match rule.strip_prefix("host ") {
+            Some(rest) => format!("hostssl {rest}{options}\n"),
+            None => format!("{rule}\n"),
+        });
+        fs::write(&hba, changed.collect::<String>()).expect("rules can be written");
     }
 
     /// Starts it, and waits until it answers.

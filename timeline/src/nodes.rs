@@ -309,7 +309,7 @@ impl Nodes {
         read.try_filter_map(|record| async { Ok(record) }).try_collect().await
     }
 
-    /// What is known of a node; asks the bucket about one that was never seen.
+    /// What was known of a node when the records were last looked at; asks the bucket about one that was never seen.
     ///
     /// # Errors
     /// As [`Nodes::look`].
@@ -322,6 +322,19 @@ impl Nodes {
             Some(seen) => Standing::Alive(seen.record.clone()),
             None => Standing::Gone,
         })
+    }
+
+    /// What is known of a node now: who was gone when it was last looked is looked at again. To be asked before anything
+    /// is taken from it.
+    ///
+    /// # Errors
+    /// As [`Nodes::look`].
+    pub async fn standing_now(&self, node: NodeId) -> Result<Standing> {
+        match self.standing(node).await? {
+            Standing::Gone => self.look().await?,
+            alive => return Ok(alive),
+        }
+        self.standing(node).await
     }
 
     /// All nodes that are alive as far as is known, this one first.

@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use ebb_measure::stats::{Samples, heading, report};
 
 use crate::Common;
 use crate::client::Client;
 use crate::pooler::{Pooler, Target};
-use crate::stats::{Samples, heading, report};
 use crate::world::Postgres;
 
 /// Bytes of one row.

@@ -16,7 +16,6 @@ mod memory;
 mod pooler;
 mod serve;
 mod speed;
-mod stats;
 mod world;
 
 use std::alloc::System;

@@ -4,14 +4,15 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use ebb_measure::process::private_memory_kib;
+use ebb_measure::stats::{Samples, heading};
 use futures::future::try_join_all;
 use tokio::task::JoinSet;
 
 use crate::Common;
 use crate::client::Client;
 use crate::pooler::{Pooler, Target};
-use crate::stats::{Samples, heading};
-use crate::world::{Postgres, private_memory, raise_descriptor_limit};
+use crate::world::{Postgres, raise_descriptor_limit};
 
 /// Sessions attached at once: a backend each.
 const ATTACHED: usize = 500;
@@ -31,7 +32,7 @@ struct Weight {
 
 impl Weight {
     fn of(pooler: &mut Pooler) -> Result<Self> {
-        Ok(Self { live: pooler.stats()?.live_bytes as f64, resident: private_memory(pooler.pid())? })
+        Ok(Self { live: pooler.stats()?.live_bytes as f64, resident: private_memory_kib(pooler.pid())? * 1024.0 })
     }
 
     fn report(self, before: Self, what: &str, count: usize, limit: &str) {

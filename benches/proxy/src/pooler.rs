@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
+use ebb_measure::{process, wait_for};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::{Digest as _, Sha256};
 
 use crate::Common;
 use crate::serve::Stats;
-use crate::world::{self, Postgres, done, own, wait_for};
+use crate::world::{Postgres, as_postgres, done, own};
 
 /// The password of role `app`.
 pub const PASSWORD: &str = "a-password-for-benches";
@@ -106,7 +107,7 @@ impl Pooler {
             ),
         )?;
         own(dir.path())?;
-        let process = world::as_postgres(Path::new("/usr/sbin/pgbouncer"))
+        let process = as_postgres(Path::new("/usr/sbin/pgbouncer"))
             .arg("-q")
             .arg(file("ini"))
             .stderr(Stdio::null())
@@ -128,7 +129,7 @@ impl Pooler {
 
     /// Processor time it has taken.
     pub fn processor_time(&self) -> Result<Duration> {
-        world::processor_time(self.pid())
+        process::processor_time(self.pid())
     }
 
     /// Tells Ebb's proxy something, and answers what it says.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Result;
 use async_trait::async_trait;
 use clap::Args;
-use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, Unreplayable};
+use ebb_proxy::{Awake, Endpoint, EndpointError, Endpoints, Proxy, ProxyConfig, ProxyHandle, Unreplayable};
 use ebb_types::{AllowList, BranchId, EndpointName, Point};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -30,6 +30,9 @@ pub struct ServeArgs {
     verifier: String,
     #[arg(long)]
     tls_dir: PathBuf,
+    /// Every so many milliseconds, the sessions that are at rest lose their backends, and get others when they go on.
+    #[arg(long)]
+    exchange_ms: Option<u64>,
     #[arg(long)]
     lanes: Option<usize>,
 }
@@ -111,7 +114,28 @@ async fn serve(args: &ServeArgs) -> Result<()> {
     println!("{}", proxy.local_addr());
     let shutdown = CancellationToken::new();
     let running = tokio::spawn(proxy.run(shutdown.clone()));
+    let exchange_every = args.exchange_ms.map(Duration::from_millis);
+    tokio::select! {
+        obeyed = obey(&handle, &endpoints) => obeyed?,
+        () = exchange(&handle, exchange_every.unwrap_or_default()), if exchange_every.is_some() => {}
+    }
+    shutdown.cancel();
+    running.await?;
+    Ok(())
+}
 
+/// Takes sessions' backends away, unless one of them has work.
+async fn exchange(sessions: &ProxyHandle, every: Duration) {
+    loop {
+        tokio::time::sleep(every).await;
+        if sessions.fence(BRANCH, Duration::from_secs(5), Unreplayable::Refuse).await.is_ok() {
+            sessions.release(BRANCH);
+        }
+    }
+}
+
+/// Does what is asked for on standard input, until that ends.
+async fn obey(handle: &ProxyHandle, endpoints: &AlwaysAwake) -> Result<()> {
     let (sender, mut commands) = tokio::sync::mpsc::channel(1);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -146,7 +170,5 @@ async fn serve(args: &ServeArgs) -> Result<()> {
         writeln!(out, "{answer}")?;
         out.flush()?;
     }
-    shutdown.cancel();
-    running.await?;
     Ok(())
 }

@@ -7,10 +7,10 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use ebb_measure::stats::{Samples, heading, report};
 
 use crate::Common;
 use crate::pooler::{Pooler, Target};
-use crate::stats::{Samples, heading, report};
 use crate::world::Postgres;
 
 /// pgbench scale factor.

@@ -3,17 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use ebb_measure::wait_for;
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
 use crate::Common;
 
 /// LIMIT: a process holds two descriptors per client at most, and some of its own.
 const DESCRIPTORS: u64 = 130_000;
-/// LIMIT: what is waited for takes seconds.
-const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// A cluster of its own with role and database `app`; stopped and removed when dropped.
 #[derive(Debug)]
@@ -106,37 +104,6 @@ pub fn done(command: &mut Command) -> Result<()> {
     let out = command.output().with_context(|| format!("cannot run {command:?}"))?;
     ensure!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
     Ok(())
-}
-
-/// Waits until something holds.
-pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) -> Result<()> {
-    let deadline = Instant::now() + WAIT_MAX;
-    while !holds() {
-        if Instant::now() > deadline {
-            bail!("{what} did not come up within {WAIT_MAX:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
-/// Processor time all threads of a process have taken (proc(5), `schedstat`).
-pub fn processor_time(pid: u32) -> Result<Duration> {
-    let mut all = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end while its directory is looked at.
-        let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
-        all += text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(Duration::from_nanos(all))
-}
-
-/// Memory of a process that it shares with no other, in bytes.
-pub fn private_memory(pid: u32) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
-    let kib: f64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
-    Ok(kib * 1024.0)
 }
 
 /// Allows this process, and those it starts, enough descriptors, as far as it may; answers how many it has then.

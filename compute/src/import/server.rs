@@ -71,7 +71,7 @@ impl Server {
     /// If it cannot be started at all.
     pub fn start(installation: &Installation, stage: &Stage, begin: Begin) -> Result<Self> {
         let user = RunAs::find()?;
-        let at = Surroundings { name: "import", run: Path::new(RUN), shipped: None };
+        let at = Surroundings { name: "import", run: Path::new(RUN), conf: Path::new(RUN), shipped: None };
         for (name, text) in
             [("postgresql.conf", config::file(&at, &settings())), ("pg_hba.conf", config::HBA.to_owned())]
         {
@@ -220,7 +220,7 @@ pub(super) async fn ensure_superuser(installation: &Installation, stage: &Stage)
     let input = stage.run().join("superuser.sql");
     fs::write(&input, sql).on("write", &input)?;
     give(&input, RunAs::find()?)?;
-    let at = Surroundings { name: "import", run: Path::new(RUN), shipped: None };
+    let at = Surroundings { name: "import", run: Path::new(RUN), conf: Path::new(RUN), shipped: None };
     let conf = stage.run().join("postgresql.conf");
     fs::write(&conf, config::file(&at, &settings())).on("write", &conf)?;
     give(&conf, RunAs::find()?)?;

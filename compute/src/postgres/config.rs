@@ -27,8 +27,10 @@ const STANDBY_LOOKS_AGAIN: &str = "1h";
 pub(crate) struct Surroundings<'a> {
     /// Shown by `ps` and in `cluster_name`.
     pub name: &'a str,
-    /// Where socket, configuration and hba file are, as Postgres sees it.
+    /// Where the socket is, as Postgres sees it.
     pub run: &'a Path,
+    /// Where configuration and hba file are, which it only reads.
+    pub conf: &'a Path,
     /// What commits wait for, where WAL is shipped.
     pub shipped: Option<Durability>,
 }
@@ -50,13 +52,13 @@ fn settings(at: &Surroundings<'_>) -> Vec<Setting> {
     vec![
         fixed("listen_addresses", "", "No TCP: the proxy is the only way in."),
         fixed("port", &PORT.to_string(), "Part of the socket's name."),
-        fixed(
-            "unix_socket_directories",
-            &run,
-            "A directory of mode 0700 that only this branch's Postgres and Ebb see.",
-        ),
+        fixed("unix_socket_directories", &run, "A directory that only this branch's Postgres and Ebb see."),
         fixed("unix_socket_permissions", "0700", "For Ebb and Postgres' own user."),
-        fixed("hba_file", &format!("{run}/pg_hba.conf"), "Generated; the one in the data directory is not used."),
+        fixed(
+            "hba_file",
+            &at.conf.join("pg_hba.conf").display().to_string(),
+            "Generated; the one in the data directory is not used.",
+        ),
         fixed("ssl", "off", "TLS ends at the proxy."),
         fixed("logging_collector", "off", "The unit reads standard error, writes the log, and learns from it."),
         fixed("log_destination", "stderr", "See logging_collector."),
@@ -169,7 +171,7 @@ fn durability_settings(durability: Durability) -> &'static str {
 pub(crate) fn arguments(at: &Surroundings<'_>, data: &Path, fork: bool, recovery: Option<&Recovery>) -> Vec<String> {
     let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
     let mut set = |name: &str, value: &str| arguments.extend(["-c".to_owned(), format!("{name}={value}")]);
-    set("config_file", &format!("{}/postgresql.conf", at.run.display()));
+    set("config_file", &at.conf.join("postgresql.conf").display().to_string());
     for setting in settings(at).iter().filter(|setting| setting.fixed) {
         set(setting.name, &setting.value);
     }
@@ -237,13 +239,13 @@ mod tests {
     use super::*;
 
     fn at() -> Surroundings<'static> {
-        Surroundings { name: "br_1", run: Path::new("/mnt/run"), shipped: None }
+        Surroundings { name: "br_1", run: Path::new("/mnt/run"), conf: Path::new("/mnt/conf"), shipped: None }
     }
 
     #[test]
     fn what_recovery_rests_on_cannot_be_changed_from_inside() {
         let arguments = arguments(&at(), Path::new("/mnt/data"), false, None).join(" ");
-        assert!(arguments.starts_with("-D /mnt/data -c config_file=/mnt/run/postgresql.conf"), "{arguments}");
+        assert!(arguments.starts_with("-D /mnt/data -c config_file=/mnt/conf/postgresql.conf"), "{arguments}");
         for fixed in ["fsync=on", "full_page_writes=on", "listen_addresses=", "recovery_init_sync_method=syncfs"] {
             assert!(arguments.contains(&format!("-c {fixed}")), "{fixed} is missing in {arguments}");
         }

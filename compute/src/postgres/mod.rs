@@ -3,6 +3,7 @@
 //! Ebb ships no Postgres and patches none: it runs what the machine has, one server of each major version.
 
 pub(crate) mod config;
+pub mod extensions;
 mod schema;
 mod template;
 

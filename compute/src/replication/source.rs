@@ -8,7 +8,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_postgres::config::Host;
 
-use super::tls::{self, Tls};
+use super::tls::{self, Client, Mode, Tls};
 use super::wire::{self, Connection, Login};
 use crate::error::{Error, Result};
 
@@ -45,19 +45,8 @@ impl Source {
     pub fn parse(url: &str) -> Result<Self> {
         let refuse = |why: &str, hint: &str| Error::Import { why: why.to_owned(), hint: Some(hint.to_owned()) };
         const LOOKS: &str = "It looks like postgres://replicator:password@db.example.com:5432.";
-        let (url, sslmode, sslrootcert) = without_tls(url);
-        let tls = match (sslmode.as_deref(), sslrootcert) {
-            (None | Some("prefer"), None) => Tls::Prefer,
-            (Some("disable"), _) => Tls::Never,
-            (Some("require"), None) => Tls::Require,
-            (Some("verify-full"), Some(roots)) => Tls::Verify(roots.into()),
-            _ => {
-                let why = "the source's URL has an sslmode that imports do not know";
-                let hint =
-                    "Use disable, prefer, require; or verify-full with sslrootcert=FILE, on the machine of ebb serve.";
-                return Err(refuse(why, hint));
-            }
-        };
+        let (url, tls) = without_tls(url);
+        let tls = tls_of(tls).map_err(|(why, hint)| refuse(why, hint))?;
         let config: tokio_postgres::Config = url.parse().map_err(|error| {
             refuse(&format!("the source's URL cannot be read: {}", crate::error::chain(&error)), LOOKS)
         })?;
@@ -124,7 +113,7 @@ impl Source {
                 "Is it running, and can the machine of ebb serve reach it (listen_addresses, firewall)?".to_owned()
             }
             wire::Error::NoTls => "Set ssl = on at the source, or import with sslmode=disable.".to_owned(),
-            wire::Error::Tls(_) => "Check sslmode, sslrootcert and the source's certificate.".to_owned(),
+            wire::Error::Tls(_) => "Check sslmode, sslrootcert, sslcert, and the source's certificate.".to_owned(),
             wire::Error::NoPassword => "Put the password into the URL, or into PGPASSWORD.".to_owned(),
             wire::Error::Refused { code, .. } if code == "28P01" => "Check user and password.".to_owned(),
             wire::Error::Refused { code, .. } if code == "28000" => format!(
@@ -149,21 +138,77 @@ impl Source {
     }
 }
 
-/// Takes what is about TLS out of a URL's query: the library that reads the rest knows less of it than libpq.
-fn without_tls(url: &str) -> (String, Option<String>, Option<String>) {
-    let Some((address, query)) = url.split_once('?') else { return (url.to_owned(), None, None) };
-    let (mut sslmode, mut sslrootcert, mut rest) = (None, None, Vec::new());
-    for option in query.split('&') {
-        match option.split_once('=') {
-            Some(("sslmode", value)) => sslmode = Some(value.to_owned()),
-            Some(("sslrootcert", value)) => sslrootcert = Some(decoded(value)),
-            _ => rest.push(option),
+/// What is about TLS in a connection URL.
+#[derive(Debug, Default)]
+struct TlsWords {
+    mode: Option<String>,
+    roots: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
+}
+
+impl TlsWords {
+    fn place(&mut self, name: &str) -> Option<&mut Option<String>> {
+        match name {
+            "sslmode" => Some(&mut self.mode),
+            "sslrootcert" => Some(&mut self.roots),
+            "sslcert" => Some(&mut self.certificate),
+            "sslkey" => Some(&mut self.key),
+            _ => None,
         }
     }
-    match rest.is_empty() {
-        true => (address.to_owned(), sslmode, sslrootcert),
-        false => (format!("{address}?{}", rest.join("&")), sslmode, sslrootcert),
+}
+
+/// Takes what is about TLS out of a URL's query, or of `key=value` pairs: the library that reads the rest knows less of it
+/// than libpq.
+fn without_tls(url: &str) -> (String, TlsWords) {
+    let mut words = TlsWords::default();
+    if !url.contains("://") {
+        // A value with a space in it, which is written in quotes, is left to the library.
+        let others = url.split(' ').filter(|pair| match pair.split_once('=') {
+            Some((name, value)) => words.place(name).map(|place| *place = Some(value.to_owned())).is_none(),
+            None => true,
+        });
+        let rest = others.collect::<Vec<_>>().join(" ");
+        return (rest, words);
     }
+    let Some((address, query)) = url.split_once('?') else { return (url.to_owned(), words) };
+    let others = query.split('&').filter(|option| match option.split_once('=') {
+        Some((name, value)) => words.place(name).map(|place| *place = Some(decoded(value))).is_none(),
+        None => true,
+    });
+    let rest = others.collect::<Vec<_>>().join("&");
+    (if rest.is_empty() { address.to_owned() } else { format!("{address}?{rest}") }, words)
+}
+
+/// As libpq takes it; or why not, and what to do.
+fn tls_of(words: TlsWords) -> std::result::Result<Tls, (&'static str, &'static str)> {
+    let mode = match (words.mode.as_deref(), words.roots) {
+        (None | Some("prefer"), None) => Mode::Prefer,
+        (Some("disable"), _) => Mode::Never,
+        (Some("require"), None) => Mode::Require,
+        // "require" with authorities verifies them, for what was written when there was no other word for it
+        // (PostgreSQL 15 manual, 34.19.1).
+        (Some("verify-ca" | "require"), Some(roots)) => Mode::VerifyAuthority(roots.into()),
+        (Some("verify-full"), Some(roots)) => Mode::VerifyName(roots.into()),
+        (Some("verify-ca" | "verify-full"), None) => {
+            let why = "the source's URL asks for its certificate to be verified, and does not say by which authority";
+            return Err((why, "Add sslrootcert=FILE, a file on the machine of ebb serve."));
+        }
+        _ => {
+            let why = "the source's URL has an sslmode that imports do not know";
+            return Err((why, "Use disable, prefer, require; or verify-ca or verify-full with sslrootcert=FILE."));
+        }
+    };
+    let client = match (words.certificate, words.key) {
+        (Some(certificate), Some(key)) => Some(Client { certificate: certificate.into(), key: key.into() }),
+        (None, None) => None,
+        _ => {
+            let why = "the source's URL has a client certificate without its key, or the other way round";
+            return Err((why, "Give both sslcert=FILE and sslkey=FILE, on the machine of ebb serve."));
+        }
+    };
+    Ok(Tls { mode, client })
 }
 
 /// Undoes percent-encoding.
@@ -195,18 +240,33 @@ mod tests {
         assert_eq!(source.shown(), "postgres://rep@db.example.com:5433");
         assert!(!format!("{source:?}").contains("s3cret"));
         let tls = |query: &str| Source::parse(&format!("postgres://rep@db.example.com/x{query}")).unwrap().tls;
-        assert_eq!((tls(""), tls("?sslmode=disable")), (Tls::Prefer, Tls::Never));
-        assert_eq!(tls("?connect_timeout=5&sslmode=require"), Tls::Require);
-        assert_eq!(tls("?sslmode=verify-full&sslrootcert=/etc/my%20ca.pem"), Tls::Verify("/etc/my ca.pem".into()));
+        let mode = |query: &str| tls(query).mode;
+        assert_eq!((mode(""), mode("?sslmode=disable")), (Mode::Prefer, Mode::Never));
+        assert_eq!(mode("?connect_timeout=5&sslmode=require"), Mode::Require);
+        assert_eq!(
+            mode("?sslmode=verify-full&sslrootcert=/etc/my%20ca.pem"),
+            Mode::VerifyName("/etc/my ca.pem".into())
+        );
+        assert_eq!(mode("?sslmode=verify-ca&sslrootcert=/ca"), Mode::VerifyAuthority("/ca".into()));
+        assert_eq!(mode("?sslmode=require&sslrootcert=/ca"), Mode::VerifyAuthority("/ca".into()));
+        let client = Client { certificate: "/crt".into(), key: "/key".into() };
+        assert_eq!(tls("?sslcert=/crt&sslkey=/key").client, Some(client));
         let source = Source::parse("host=/run/postgresql user=rep").unwrap();
         assert_eq!(source.shown(), "postgres://rep@/run/postgresql:5432");
+        let source = Source::parse("host=a user=rep sslmode=verify-full sslrootcert=/ca port=5433").unwrap();
+        assert_eq!(
+            (source.shown().as_str(), source.tls.mode),
+            ("postgres://rep@a:5433", Mode::VerifyName("/ca".into()))
+        );
         for (bad, why) in [
             ("postgres://u:s3cret@a,b/x", "several hosts"),
             ("postgres:///x", "no host"),
             ("postgres://db.example.com", "no user"),
             ("nonsense", "cannot be read"),
-            ("postgres://u:s3cret@a/x?sslmode=verify-ca", "sslmode"),
-            ("postgres://u:s3cret@a/x?sslmode=verify-full", "sslmode"),
+            ("postgres://u:s3cret@a/x?sslmode=verify-ca", "by which authority"),
+            ("postgres://u:s3cret@a/x?sslmode=verify-full", "by which authority"),
+            ("postgres://u:s3cret@a/x?sslmode=verify", "sslmode"),
+            ("postgres://u:s3cret@a/x?sslcert=/crt", "without its key"),
         ] {
             let error = Source::parse(bad).unwrap_err().to_string();
             assert!(error.contains(why) && !error.contains("s3cret"), "{bad}: {error}");

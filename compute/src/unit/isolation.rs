@@ -1,10 +1,13 @@
-//! What keeps a unit to itself: namespaces for processes, mounts and IPC, and the small tree Postgres sees.
+//! What keeps a unit to itself: namespaces for processes, mounts and IPC, and what it adds to the tree of files. Postgres
+//! sees less than the unit: see `sandbox.rs`.
 //!
 //! ```text
 //! /mnt            private tmpfs (or /media, /srv: whichever hides nothing the unit needs)
 //! ├── data/       the volume, through FUSE
 //! ├── wal/        bind of branches/<id>/wal; `pg_wal` in the volume is a symlink to ../wal
-//! └── run/        bind of branches/<id>/run: socket and configuration
+//! ├── run/        bind of branches/<id>/run: the socket
+//! ├── conf/       bind of branches/<id>/conf: the configuration
+//! └── root/       where the tree of Postgres is put together
 //! /dev/shm        private: shared memory of a killed Postgres goes with the unit
 //! /proc           of the unit's own pid namespace
 //! ```
@@ -28,13 +31,18 @@ use nix::unistd::{getegid, geteuid};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::sandbox::Sandbox;
 use crate::error::{Error, OsContext, Result};
+use crate::user::RunAs;
 
 /// Directories that may carry the unit's tree: they exist on every Linux and services keep nothing vital in them.
 const BASES: [&str; 3] = ["/mnt", "/media", "/srv"];
 
+/// Directories of the unit's tree that Postgres sees, too.
+pub(super) const DIRS: [&str; 4] = ["data", "wal", "run", "conf"];
+
 /// Adds to a system error what was tried.
-trait Trying<T> {
+pub(super) trait Trying<T> {
     fn trying(self, act: &'static str) -> Result<T>;
 }
 
@@ -103,11 +111,11 @@ impl House {
         attach(None, Path::new("/"), None, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None)?;
         let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         attach(Some(Path::new("ebb")), &base, Some("tmpfs"), quiet, Some("mode=0755,size=64k"))?;
-        for dir in ["data", "wal", "run"] {
+        for dir in DIRS.into_iter().chain(["root"]) {
             let dir = base.join(dir);
             fs::DirBuilder::new().mode(0o755).create(&dir).on("create", dir)?;
         }
-        for dir in ["wal", "run"] {
+        for dir in ["wal", "run", "conf"] {
             attach(Some(&branch_dir.join(dir)), &base.join(dir), None, MsFlags::MS_BIND, None)?;
         }
         attach(Some(Path::new("ebb")), Path::new("/dev/shm"), Some("tmpfs"), quiet, Some("mode=1777"))?;
@@ -128,9 +136,19 @@ impl House {
         self.base.join("data")
     }
 
-    /// Socket and configuration.
+    /// The socket.
     pub fn run(&self) -> PathBuf {
         self.base.join("run")
+    }
+
+    /// The configuration.
+    pub fn conf(&self) -> PathBuf {
+        self.base.join("conf")
+    }
+
+    /// Where a Postgres is to run whose programs are in `bin`.
+    pub fn sandbox(&self, bin: &Path, user: RunAs) -> Sandbox {
+        Sandbox::new(self.base.clone(), bin, user)
     }
 
     /// The number the host knows a process of this namespace by.
@@ -146,7 +164,13 @@ impl House {
     }
 }
 
-fn attach(what: Option<&Path>, at: &Path, kind: Option<&str>, flags: MsFlags, options: Option<&str>) -> Result<()> {
+pub(super) fn attach(
+    what: Option<&Path>,
+    at: &Path,
+    kind: Option<&str>,
+    flags: MsFlags,
+    options: Option<&str>,
+) -> Result<()> {
     mount(what, at, kind, flags, options).on("mount at", at)
 }
 

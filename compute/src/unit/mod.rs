@@ -9,7 +9,7 @@
 //! ```
 //!
 //! **Files** of the branch directory it writes: `unit.lock` (held by every process of the unit), `unit.pid`,
-//! `unit.err` (one line, when it gave up), `control.sock`, `postgres.log`, `roles.json`, and `run/`.
+//! `unit.err` (one line, when it gave up), `control.sock`, `postgres.log`, `roles.json`, `conf/` and `run/`.
 //!
 //! **Crash.** Killed at any moment, the unit takes Postgres and the mount with it (see `isolation.rs`); stale files are
 //! replaced by the next one.
@@ -20,11 +20,13 @@ mod log;
 mod owner;
 mod postmaster;
 mod roles;
+mod sandbox;
 mod server;
+mod syscalls;
 
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -73,14 +75,17 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
     if !isolation::is_first_process() {
         return isolation::become_first_process();
     }
+    // What whoever started `ebb serve` left open is nothing for Postgres; nor is it this unit's.
+    close_fds::set_fds_cloexec(3, &[]);
     // A session of its own, so that Ctrl-C in the terminal of `ebb serve` does not reach Postgres.
     let _ = setsid();
     umask(Mode::from_bits_truncate(0o077));
     let lock = held.insert(lock(branch_dir)?).try_clone().on("share", "unit.lock")?;
     let spec = read_spec(branch_dir)?;
-    let user = RunAs::find()?;
+    let user = RunAs::of_branch(spec.branch)?;
     clear_leftovers(branch_dir)?;
-    make_run_dir(&branch_dir.join("run"), user)?;
+    make_dir(&branch_dir.join("run"), 0o700)?;
+    make_dir(&branch_dir.join("conf"), 0o755)?;
 
     let program = std::env::current_exe().on("find", "/proc/self/exe")?;
     // A bucket in a directory; if it is away just now, the unit may well do without it.
@@ -94,23 +99,26 @@ fn run(branch_dir: &Path, held: &mut Option<File>) -> Result<ExitCode> {
 
     let config = Config {
         run: house.run(),
+        conf: house.conf(),
         name: spec.branch.to_string(),
         own: spec.settings.clone(),
-        user,
         shipped: spec.archive.as_ref().map(|_| spec.durability),
     };
     config.write()?;
+    let bin = spec.pg_bin.canonicalize().on("find", &spec.pg_bin)?;
     let plan = Plan {
-        bin: spec.pg_bin.clone(),
         arguments: config::arguments(&config.surroundings(), &house.data(), spec.fork, spec.recovery.as_ref()),
         stays: spec.recovery.as_ref().is_some_and(|recovery| recovery.stay),
         user,
+        sandbox: house.sandbox(&bin, user),
+        bin,
         lock,
         log: branch_dir.join(files::LOG),
     };
     let source = spec.bucket.clone().map(|at| LazyLayers::new(&spec.layers_dir, Origin::At(at)));
     let dirs = VolumeDirs { layers: spec.layers_dir.clone(), branch: branch_dir.to_owned(), source };
-    Owner::new(spec, dirs, house, plan, config, stages).run()
+    let run_dir = RunDir { path: config.run.clone(), user };
+    Owner::new(spec, dirs, house, plan, config, run_dir, stages).run()
 }
 
 /// Waits for the branch's lock. INVARIANT: whoever has it is the only unit of the branch, and no process of an earlier
@@ -162,46 +170,82 @@ fn clear_leftovers(branch_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The directory of Postgres' socket: nobody but Postgres and Ebb may enter.
-fn make_run_dir(dir: &Path, user: RunAs) -> Result<()> {
-    match DirBuilder::new().mode(0o700).create(dir) {
+/// A directory of the unit's own, with this mode whatever it had.
+fn make_dir(dir: &Path, mode: u32) -> Result<()> {
+    match DirBuilder::new().mode(mode).create(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).on("create", dir),
         _ => {}
     }
-    give(dir, user)
+    if geteuid().is_root() {
+        chown(dir, Some(0), Some(0)).on("take", dir)?;
+    }
+    fs::set_permissions(dir, Permissions::from_mode(mode)).on("restrict", dir)
 }
 
-/// Makes a file or directory Postgres' own.
-fn give(path: &Path, user: RunAs) -> Result<()> {
-    if geteuid().is_root() && fs::metadata(path).on("look at", path)?.uid() != user.uid {
-        chown(path, Some(user.uid), Some(user.gid)).on("give away", path)?;
+/// The directory of the socket. It is Postgres' while it starts, and nobody's afterwards: whoever took Postgres over
+/// could put a link there to another branch's socket, and Ebb would take its clients to that.
+#[derive(Debug, Clone)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+    user: RunAs,
+}
+
+impl RunDir {
+    /// Empties it, and lets Postgres make its socket.
+    fn open(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.path).on("list", &self.path)? {
+            let path = entry.on("list", &self.path)?.path();
+            match path.symlink_metadata().is_ok_and(|found| found.is_dir()) {
+                true => fs::remove_dir_all(&path).on("remove", &path)?,
+                false => fs::remove_file(&path).on("remove", &path)?,
+            }
+        }
+        self.change(self.user.uid, self.user.gid, 0o700)
     }
-    Ok(())
+
+    /// Takes it back, with a socket in it and nothing else that one could connect to.
+    fn close(&self) -> Result<()> {
+        self.change(0, 0, 0o711)?;
+        let path = self.path.join(files::SOCKET_NAME);
+        let found = path.symlink_metadata().on("look at", &path)?;
+        if !found.file_type().is_socket() {
+            fs::remove_file(&path).on("remove", &path)?;
+            return Err(Error::Refused("what postgres left for a socket is none".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn change(&self, uid: u32, gid: u32, mode: u32) -> Result<()> {
+        if geteuid().is_root() {
+            chown(&self.path, Some(uid), Some(gid)).on("give away", &self.path)?;
+        }
+        fs::set_permissions(&self.path, Permissions::from_mode(mode)).on("restrict", &self.path)
+    }
 }
 
 /// The generated configuration.
 #[derive(Debug)]
 struct Config {
     run: PathBuf,
+    conf: PathBuf,
     name: String,
     own: Vec<(String, String)>,
-    user: RunAs,
     /// What commits wait for, where WAL is shipped.
     shipped: Option<Durability>,
 }
 
 impl Config {
     fn surroundings(&self) -> Surroundings<'_> {
-        Surroundings { name: &self.name, run: &self.run, shipped: self.shipped }
+        Surroundings { name: &self.name, run: &self.run, conf: &self.conf, shipped: self.shipped }
     }
 
     /// Writes the files, each at once: Postgres may be reading them.
     fn write(&self) -> Result<()> {
         let settings = config::file(&self.surroundings(), &self.own);
         for (name, text) in [("postgresql.conf", settings.as_str()), ("pg_hba.conf", config::HBA)] {
-            let (path, fresh) = (self.run.join(name), self.run.join(format!("{name}.new")));
+            let (path, fresh) = (self.conf.join(name), self.conf.join(format!("{name}.new")));
             fs::write(&fresh, text).on("write", &fresh)?;
-            give(&fresh, self.user)?;
+            fs::set_permissions(&fresh, Permissions::from_mode(0o644)).on("open up", &fresh)?;
             fs::rename(&fresh, &path).on("write", &path)?;
         }
         Ok(())

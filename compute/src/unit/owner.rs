@@ -21,7 +21,7 @@ use super::isolation::House;
 use super::postmaster::{Event, Plan, Postmaster};
 use super::roles::Roles;
 use super::server::{self, Ask};
-use super::{Config, durability};
+use super::{Config, RunDir, durability};
 use crate::clock::Stages;
 use crate::control::{Durability, Reply, Request, Status};
 use crate::error::{Error, OsContext, Result, chain};
@@ -128,6 +128,7 @@ pub(super) struct Owner {
     view: SharedView,
     roles: Roles,
     config: Config,
+    run_dir: RunDir,
     archive: Option<ArchiveSpec>,
     /// Ships WAL from the first time on that Postgres is ready.
     shipper: Option<Shipper>,
@@ -153,7 +154,15 @@ enum Action {
 
 impl Owner {
     /// Owns a unit that is isolated and has nothing open yet.
-    pub fn new(spec: UnitSpec, dirs: VolumeDirs, house: House, plan: Plan, config: Config, stages: Stages) -> Self {
+    pub fn new(
+        spec: UnitSpec,
+        dirs: VolumeDirs,
+        house: House,
+        plan: Plan,
+        config: Config,
+        run_dir: RunDir,
+        stages: Stages,
+    ) -> Self {
         // LIMIT: two events for each run of Postgres, and one run at a time.
         let (events_sender, events) = mpsc::channel(4);
         let roles = Roles::new(dirs.branch.join(files::ROLES), house.run(), spec.initial_roles, spec.fork);
@@ -173,6 +182,7 @@ impl Owner {
             view: Arc::new(Mutex::new(view)),
             roles,
             config,
+            run_dir,
             archive: spec.archive,
             shipper: None,
             hydrate: spec.hydrate,
@@ -192,7 +202,7 @@ impl Owner {
             tokio::runtime::Builder::new_current_thread().enable_all().build().on("start", "the unit's runtime")?;
         let branch_dir = self.dirs.branch.clone();
         let end = runtime.block_on(self.serve(mounted, postmaster));
-        for name in [files::CONTROL, files::PID] {
+        for name in [files::CONTROL, files::PID, files::SOCKET, files::SOCKET_LOCK] {
             let _ = std::fs::remove_file(branch_dir.join(name));
         }
         end.map(|()| ExitCode::SUCCESS)
@@ -200,7 +210,12 @@ impl Owner {
 
     fn start_postgres(&self) -> Result<Postmaster> {
         let (view, events) = (self.view.clone(), &self.events_sender);
+        self.run_dir.open()?;
+        let run_dir = self.run_dir.clone();
         let on_ready = move || {
+            if let Err(error) = run_dir.close() {
+                tracing::error!(error = chain(&error), "the socket's directory cannot be taken back");
+            }
             let status = {
                 let mut view = look(&view);
                 view.ready = true;

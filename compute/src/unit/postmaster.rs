@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::isolation;
 use super::log::LogFile;
+use super::sandbox::Sandbox;
 use crate::error::{OsContext, Result};
 use crate::manager::CANNOT_STAY;
 use crate::postgres::config;
@@ -50,6 +51,8 @@ pub(super) struct Plan {
     pub stays: bool,
     /// As whom.
     pub user: RunAs,
+    /// Where.
+    pub sandbox: Sandbox,
     /// The unit's lock. Postgres and all its children hold it too, as their standard input, so that it is free only
     /// when the last of them is gone: the kernel closes the unit's own files before it kills the rest.
     pub lock: File,
@@ -92,7 +95,7 @@ impl Postmaster {
         if nix::unistd::geteuid().is_root() {
             command.uid(plan.user.uid).gid(plan.user.gid);
         }
-        let child = command.spawn().on("run", &program)?;
+        let child = plan.sandbox.spawn(command, &program)?;
         let pid = Pid::from_raw(i32::try_from(child.id()).expect("the kernel's process numbers fit 31 bits"));
 
         let complaint = Arc::new(Mutex::new(None));

@@ -57,6 +57,11 @@ fn check(target: &str, run: fn(&[u8])) {
 }
 
 #[test]
+fn headers_of_load_balancers() {
+    check("proxy_header", super::proxy_header);
+}
+
+#[test]
 fn first_packets() {
     check("startup", super::startup);
 }

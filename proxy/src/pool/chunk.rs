@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// LIMIT: one TLS record; big enough that bulk data costs few system calls.
+/// LIMIT: two TLS records; big enough that bulk data costs few system calls.
 pub const SIZE: usize = 16 * 1024;
 
 /// The buffer. It has no memory before its first use.

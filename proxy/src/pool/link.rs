@@ -13,34 +13,15 @@ use std::task::{Context, Poll};
 
 use tokio::io::AsyncWrite;
 
-use super::exchange::{Client, Refused, Stopped};
+use super::exchange::{Client, Stopped};
 use super::names::Names;
 use super::{Pool, Pooled};
 use crate::branch::{Branch, Doing, Gate, Order, Seat, Standing};
 use crate::conversation::Conversation;
+use crate::errors::Said;
 use crate::haste::{Haste, Turn};
+use crate::relay::Pause;
 use crate::stream::ClientStream;
-
-/// Why a link stopped.
-#[derive(Debug)]
-pub enum Pause {
-    /// The session is at rest.
-    AtRest,
-    /// The client closed or broke off.
-    ClientGone,
-    /// The backend closed; all it said has been passed on.
-    ServerGone,
-    /// The client sent what it may not.
-    Refused(Refused),
-    /// The server sent something that is not the protocol.
-    ServerMalformed,
-    /// The backend could not be reset for this client.
-    NotReset,
-    /// An order to end at once.
-    Ordered(Order),
-    /// What the backend said may not be told: another node may have the branch.
-    Unowned,
-}
 
 /// Both ends and what lies between.
 pub struct Link<'a> {
@@ -195,7 +176,7 @@ impl Link<'_> {
             let (taken, stopped) = backend
                 .exchange
                 .up(&mut client, &mut backend.held, unread, &mut backend.out, one_turn)
-                .map_err(Pause::Refused)?;
+                .map_err(|refused| Pause::Refused(Box::new(refused.into())))?;
             backend.up.advance(taken, 0);
             if let Stopped::Wants(size) = stopped {
                 backend.up.want(size);
@@ -235,7 +216,9 @@ impl Link<'_> {
                         .down(self.names, self.conversation, &mut backend.held, unread)
                         .map_err(|_| Pause::ServerMalformed)?;
                     if backend.exchange.prelude_failed {
-                        return Err(Pause::NotReset);
+                        tracing::error!("backend of a pool could not be reset");
+                        let said = Said::not_replayed("the connection of the pool could not be reset");
+                        return Err(Pause::Refused(Box::new(said)));
                     }
                     backend.down.advance(read, kept);
                     self.passed[1] += kept as u64;

@@ -28,6 +28,7 @@ mod chunk;
 mod exchange;
 mod link;
 mod names;
+mod reset;
 mod session;
 mod words;
 
@@ -39,11 +40,9 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, TERMINATE, terminate};
 use crate::cancel::CancelTarget;
 use crate::conversation::Parameter;
 use crate::endpoints::Awake;
@@ -60,8 +59,6 @@ const PASSED_OVER_MAX: Duration = Duration::from_millis(50);
 /// LIMIT: after this a backend is not used again, so that what its role has been given by `ALTER ROLE … SET` applies at
 /// last, and so that caches do not grow for ever.
 const LIFETIME_MAX: Duration = Duration::from_secs(60 * 60);
-/// LIMIT: how long a backend may take to close once it is told to.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// LIMIT: backends at once, before it is known how many connections Postgres takes.
 const SIZE_UNKNOWN: usize = 4;
 /// Of the connections that Postgres takes, the pool takes one in so many: the others are for clients in session mode.
@@ -69,9 +66,6 @@ const SHARE: usize = 4;
 
 /// A connection that there is none of: who had a backend last, where that is not known any more.
 const SOMEBODY: u64 = u64::MAX;
-
-/// `Terminate`.
-const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
 /// The backends of one branch in transaction mode.
 pub struct Pool {
@@ -220,13 +214,7 @@ impl Pooled {
 
     /// Closes it and waits until it has gone, so that whoever stops the compute next does not find it.
     async fn close(mut self: Box<Self>) {
-        let closing = async {
-            self.stream.write_all(&TERMINATE).await?;
-            while self.stream.read(&mut [0; 256]).await? > 0 {}
-            std::io::Result::Ok(())
-        };
-        // One that is stuck goes with its compute.
-        let _ = timeout(CLOSE_TIMEOUT, closing).await;
+        terminate(&mut self.stream).await;
     }
 
     fn into_slot(mut self: Box<Self>) -> Slot {

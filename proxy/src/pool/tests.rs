@@ -1,3 +1,4 @@
+use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 use super::*;

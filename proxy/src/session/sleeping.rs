@@ -16,28 +16,28 @@ use crate::stream::{Buffer, ClientStream};
 impl Session {
     /// Sleeps until the client sends something that needs a backend.
     pub(super) async fn hibernated(&mut self) -> Result<(), End> {
-        if self.conversation.is_idle() {
-            self.conversation.shrink();
+        if self.client.conversation.is_idle() {
+            self.client.conversation.shrink();
         }
         self.up.free();
         self.down.free();
-        self.seat.set_doing(Doing::Hibernated);
-        self.branch.stand(self.conn(), Standing::Apart);
+        self.client.seat.set_doing(Doing::Hibernated);
+        self.client.branch.stand(self.client.conn(), Standing::Apart);
         if !self.up.is_empty() {
             return Ok(());
         }
         if self.walstream.as_ref().is_some_and(|stream| stream.is_streaming()) {
-            self.seat.set_follows(true);
+            self.client.seat.set_follows(true);
             let ended = self.hibernated_stream().await;
-            self.seat.set_follows(false);
+            self.client.seat.set_follows(false);
             return ended;
         }
         loop {
-            self.obey()?;
+            self.client.obey()?;
             tokio::select! {
-                () = self.seat.attention() => {}
+                () = self.client.seat.attention() => {}
                 // One byte: a sleeping client needs no buffer.
-                first = self.client.read_u8() => match first {
+                first = self.client.stream.read_u8() => match first {
                     Ok(b'X') | Err(_) => return Err(End::Silent),
                     Ok(first) => {
                         self.up.push(first);
@@ -55,8 +55,8 @@ impl Session {
     async fn hibernated_stream(&mut self) -> Result<(), End> {
         let mut keepalive_at = Instant::now();
         loop {
-            self.obey()?;
-            if self.branch.is_awake() {
+            self.client.obey()?;
+            if self.client.branch.is_awake() {
                 return Ok(());
             }
             let Some(walstream) = &mut self.walstream else { return Ok(()) };
@@ -72,9 +72,9 @@ impl Session {
                 Word::More => {
                     self.up.free();
                     tokio::select! {
-                        () = self.seat.attention() => false,
+                        () = self.client.seat.attention() => false,
                         () = sleep_until(keepalive_at) => true,
-                        read = more(&mut self.up, &mut self.client) => {
+                        read = more(&mut self.up, &mut self.client.stream) => {
                             read.map_err(|_| End::Silent)?;
                             false
                         }
@@ -83,7 +83,7 @@ impl Session {
             };
             if reply {
                 let keepalive = walstream.keepalive();
-                self.send(&keepalive).await?;
+                self.client.send(&keepalive).await?;
                 keepalive_at = Instant::now() + KEEPALIVE_EVERY;
             }
         }
@@ -95,8 +95,8 @@ impl Session {
             let heard = {
                 let kept = self.kept.as_deref();
                 let pings = Pings {
-                    select_one: self.wishes.pings,
-                    unnamed: self.conversation.unnamed_statement().unwrap_or(None),
+                    select_one: self.pings,
+                    unnamed: self.client.conversation.unnamed_statement().unwrap_or(None),
                     named: |name: &[u8]| kept?.statement_without_parameters(name),
                 };
                 pings.hear(self.up.held())
@@ -105,7 +105,7 @@ impl Session {
                 Heard::Work => return Ok(true),
                 Heard::Ping { taken, answer } => {
                     self.note_ping(taken, &answer)?;
-                    self.send(&answer).await?;
+                    self.client.send(&answer).await?;
                     if self.up.is_empty() {
                         return Ok(false);
                     }
@@ -114,8 +114,8 @@ impl Session {
                     }
                 }
                 Heard::More => tokio::select! {
-                    () = self.seat.attention() => self.obey()?,
-                    read = more(&mut self.up, &mut self.client) => read.map_err(|_| End::Silent)?,
+                    () = self.client.seat.attention() => self.client.obey()?,
+                    read = more(&mut self.up, &mut self.client.stream) => read.map_err(|_| End::Silent)?,
                 },
             }
         }
@@ -124,13 +124,13 @@ impl Session {
     /// Follows a ping and its answer as if both had passed, and takes it off the buffer.
     fn note_ping(&mut self, taken: usize, answer: &[u8]) -> Result<(), End> {
         metrics::counter!("ebb_proxy_pings_total").increment(1);
-        let followed = self.conversation.client_sent(&self.up.held()[..taken], false);
+        let followed = self.client.conversation.client_sent(&self.up.held()[..taken], false);
         followed.map_err(|what| End::Say(Said::malformed(&what.to_string())))?;
-        self.conversation.server_sent(answer).map_err(|_| End::Silent)?;
+        self.client.conversation.server_sent(answer).map_err(|_| End::Silent)?;
         self.up.release(taken);
         self.up.discard_released();
         if let Some(kept) = self.kept.as_mut().and_then(Arc::get_mut) {
-            kept.set_unnamed(self.conversation.unnamed_statement().unwrap_or(None));
+            kept.set_unnamed(self.client.conversation.unnamed_statement().unwrap_or(None));
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ebb_proxy::{SessionState, Unreplayable};
 use tokio::net::TcpStream;
 
-use crate::harness::{BRANCH, Ebb, OnWake, PATIENCE, until, value};
+use crate::harness::{BRANCH, ENDPOINT, Ebb, OnWake, PATIENCE, until, value};
 use crate::raw;
 use crate::wire::{Wire, bind, connect, execute, parse, query, startup, sync};
 
@@ -150,4 +150,58 @@ async fn a_cancel_packet_with_a_wrong_length_is_malformed() {
         let packet = raw::packet(80_877_102, &[&[0, 0, 0, 1], secret].concat());
         assert_eq!(raw::send(ebb.addr, &packet).await, b"", "an unknown key is told nothing");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_that_waits_for_a_connection_of_the_pool_is_called_off_and_the_others_keep_their_places() {
+    let ebb = Ebb::with(|config| config.pool_size = Some(1)).await;
+    let pooled = startup(2, &[("options", &format!("endpoint={ENDPOINT}-pooler"))]);
+    let open = async || Wire::start(connect(&ebb).await, &pooled).await;
+    let (mut holder, mut before, mut wire, mut behind) = (open().await, open().await, open().await, open().await);
+    wire.ask(&[query("SET my.own = 'kept'"), query("CREATE TABLE t (turn serial, who text)")].concat()).await;
+    wire.read_until(b'Z').await;
+    holder.write(&query("BEGIN")).await;
+    holder.read_until(b'Z').await;
+    let waits = |count: usize| {
+        let states = ebb.states();
+        async move { states.iter().filter(|state| **state == SessionState::Waiting).count() == count }
+    };
+    let insert = |who: &str| query(&format!("INSERT INTO t (who) VALUES ('{who}')"));
+    before.write(&insert("before")).await;
+    until("one waits", || waits(1)).await;
+
+    let extended = [parse("s", "SELECT 1"), bind("", "s", &[]), execute("", 0), sync()].concat();
+    // In one packet, and longer than what is read of it before there is a backend.
+    let long = query(&format!("SELECT '{}'", "x".repeat(100_000)));
+    for turn in [insert("wire"), extended, long] {
+        wire.write(&turn).await;
+        until("it waits, too", || waits(2)).await;
+        cancel(&ebb, &wire).await;
+        let answers = wire.read_until(b'Z').await;
+        let tags: String = answers.iter().map(|(tag, _)| char::from(*tag)).collect();
+        assert_eq!((&*tags, &*raw::code(&answers[0].1), &answers[1].1[..]), ("EZ", "57014", &b"I"[..]));
+        until("it has left the queue", || waits(1)).await;
+    }
+
+    // It has lost its place, and what it sends behind a turn that it gives up is its next one.
+    behind.write(&insert("behind")).await;
+    until("another waits", || waits(2)).await;
+    wire.write(&[insert("given up"), insert("wire")].concat()).await;
+    until("it waits again", || waits(3)).await;
+    cancel(&ebb, &wire).await;
+    let answers = wire.read_until(b'Z').await;
+    assert_eq!(raw::code(&answers[0].1), "57014");
+    until("it waits with the next one", || waits(3)).await;
+    holder.write(&query("COMMIT")).await;
+    for client in [&mut holder, &mut before, &mut behind, &mut wire] {
+        assert!(client.read_until(b'Z').await.iter().all(|(tag, _)| *tag != b'E'));
+    }
+    let (_, order) = wire.ask(&query("SELECT string_agg(who, ' ' ORDER BY turn) FROM t")).await;
+    assert!(String::from_utf8_lossy(&order).contains("before behind wire"), "{}", order.escape_ascii());
+    let (tags, bodies) = wire.ask(&query("SHOW my.own")).await;
+    assert_eq!(tags, "TDCZ");
+    assert!(bodies.windows(4).any(|bytes| bytes == b"kept"), "the session is what it was");
+    // What was never parsed is not there.
+    let (tags, error) = wire.ask(&[bind("", "s", &[]), sync()].concat()).await;
+    assert_eq!((&*tags, &*raw::code(&error)), ("EZ", "26000"));
 }

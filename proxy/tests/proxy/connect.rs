@@ -16,16 +16,20 @@ use crate::raw;
 
 const GSS_REQUEST: u32 = 80_877_104;
 
-pub fn tls(ebb: &Ebb) -> MakeRustlsConnect {
+/// A client's TLS that trusts the proxy and nobody else.
+pub fn tls_config(ebb: &Ebb) -> rustls::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(&ebb.ca_pem).unwrap()).unwrap();
     let provider = rustls::crypto::aws_lc_rs::default_provider();
-    let config = rustls::ClientConfig::builder_with_provider(provider.into())
+    rustls::ClientConfig::builder_with_provider(provider.into())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)
-        .with_no_client_auth();
-    MakeRustlsConnect::new(config)
+        .with_no_client_auth()
+}
+
+pub fn tls(ebb: &Ebb) -> MakeRustlsConnect {
+    MakeRustlsConnect::new(tls_config(ebb))
 }
 
 /// Connects with TLS and nothing less.

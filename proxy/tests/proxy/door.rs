@@ -9,12 +9,11 @@ use ebb_proxy::GivenFiles;
 use ebb_types::{AllowList, parse_network};
 use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::connect::connect_tls;
+use crate::connect::{connect_tls, tls_config};
 use crate::harness::{BRANCH, ENDPOINT, Ebb, PASSWORD, code, connect, until};
 use crate::raw;
 
@@ -259,15 +258,7 @@ async fn encrypted(ebb: &Ebb) -> impl AsyncRead + AsyncWrite + Unpin + use<> {
     let mut socket = TcpStream::connect(ebb.addr).await.unwrap();
     socket.write_all(&raw::packet(80_877_103, b"")).await.unwrap();
     assert_eq!(socket.read_u8().await.unwrap(), b'S');
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(&ebb.ca_pem).unwrap()).unwrap();
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
-    let config = rustls::ClientConfig::builder_with_provider(provider.into())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(tls_config(ebb)));
     connector.connect(ServerName::try_from("localhost").unwrap(), socket).await.unwrap()
 }
 

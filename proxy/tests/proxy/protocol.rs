@@ -1,14 +1,15 @@
 //! Versions, encryption and start-up parameters: what is agreed on before the first query.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use rustls_pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::connect::tls_config;
 use crate::harness::{ENDPOINT, Ebb, until};
 use crate::raw::{self, packet};
 use crate::wire::{Wire, connect, query, startup};
@@ -17,15 +18,13 @@ const SSL_REQUEST: u32 = 80_877_103;
 const GSS_REQUEST: u32 = 80_877_104;
 
 /// A TLS handshake at once, offering these protocols.
-async fn handshake(ebb: &Ebb, stream: TcpStream, alpn: &[&str], host: &str) -> std::io::Result<TlsStream<TcpStream>> {
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(&ebb.ca_pem).unwrap()).unwrap();
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
-    let mut config = rustls::ClientConfig::builder_with_provider(provider.into())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
+    ebb: &Ebb,
+    stream: S,
+    alpn: &[&str],
+    host: &str,
+) -> std::io::Result<TlsStream<S>> {
+    let mut config = tls_config(ebb);
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(host.to_owned()).unwrap(), stream).await
 }
@@ -97,6 +96,35 @@ async fn tls_begins_at_once_if_the_client_names_the_protocol() {
     let mut stream = handshake(&ebb, connect(&ebb).await, &["postgresql"], &host).await.unwrap();
     stream.write_all(&raw::packet(SSL_REQUEST, b"")).await.unwrap();
     assert_eq!(raw::code(&rest(stream).await), "08P01");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_records_are_no_longer_than_libpq_reads_at_once() {
+    let ebb = Ebb::asleep().await;
+    // Between client and proxy: tells how long the records are that go to the client.
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (mut from_client, mut to_client) = tokio::io::split(far);
+    let (mut from_proxy, mut to_proxy) = connect(&ebb).await.into_split();
+    let longest = Arc::new(AtomicUsize::new(0));
+    let seen = longest.clone();
+    tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_proxy).await });
+    tokio::spawn(async move {
+        let mut record = vec![0; 5];
+        while from_proxy.read_exact(&mut record[..5]).await.is_ok() {
+            let length = usize::from(u16::from_be_bytes([record[3], record[4]]));
+            record.resize(5 + length, 0);
+            from_proxy.read_exact(&mut record[5..]).await.unwrap();
+            seen.fetch_max(length, Ordering::SeqCst);
+            to_client.write_all(&record).await.unwrap();
+        }
+    });
+    let host = format!("{ENDPOINT}.localhost");
+    let stream = handshake(&ebb, near, &["postgresql"], &host).await.unwrap();
+    let mut wire = Wire::start(stream, &startup(0, &[])).await;
+    assert_eq!(wire.ask(&query("SELECT repeat('x', 1000000)")).await.0, "TDCZ");
+    // With a tag, the kind of record and what pads it; and no shorter than they need be.
+    let longest = longest.load(Ordering::SeqCst);
+    assert!((8192..8192 + 32).contains(&longest), "{longest} bytes");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -49,7 +49,7 @@ mod tests;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -595,7 +595,7 @@ fn check_holes(dir: &Path) -> Result<()> {
     Err(Error::Invalid(format!("the file system of {dir:?} does not keep holes in files (ext4, xfs and btrfs do)")))
 }
 
-/// Makes `wal/` and what is in it the property of the user Postgres runs as.
+/// Makes `wal/` and what is in it the property of the user Postgres runs as, except what other branches have, too.
 fn give_wal(wal: &Path, options: &MountOptions) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Ok(());
@@ -606,7 +606,11 @@ fn give_wal(wal: &Path, options: &MountOptions) -> Result<()> {
     rustix::fs::fchown(&dir, owner, group).on("give away", wal)?;
     rustix::fs::fchmod(&dir, rustix::fs::Mode::from_raw_mode(0o700)).on("restrict", wal)?;
     for entry in fs::read_dir(wal).on("list", wal)? {
-        let name = entry.on("list", wal)?.file_name();
+        let entry = entry.on("list", wal)?;
+        let name = entry.file_name();
+        if entry.metadata().is_ok_and(|found| found.is_file() && found.mode() & 0o777 == wal::SHARED_MODE) {
+            continue;
+        }
         rustix::fs::chownat(&dir, &name, owner, group, AtFlags::SYMLINK_NOFOLLOW).on("give away", &wal.join(&name))?;
     }
     Ok(())

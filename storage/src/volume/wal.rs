@@ -6,11 +6,14 @@
 //! **Crash**: Postgres may delete segments while they are captured. So before and right after the moment of the seal,
 //! [`hold`] links whatever is there into a directory of the upper; [`capture`] then works from that, at leisure and as
 //! often as it takes.
+//!
+//! **Trust**: the directory is Postgres' own, and whoever takes Postgres over may put anything there. So nothing but plain
+//! files is read or kept, no link is followed, and what is shared becomes root's, and read-only, before it is shared.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -41,6 +44,11 @@ pub(super) fn hold(wal: &Path, hold: &Path, image: &ImageInfo) -> Result<()> {
             Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => {}
             linked => linked.on("link", &held)?,
         }
+        // Looked at here, where nobody can exchange it any more.
+        if fs::symlink_metadata(&held).is_ok_and(|held| !held.is_file()) {
+            tracing::warn!(file = ?entry.path(), "what is no file is not kept with the WAL");
+            fs::remove_file(&held).on("remove", &held)?;
+        }
     }
     Ok(())
 }
@@ -61,7 +69,7 @@ fn is_history(name: &str) -> bool {
 pub(super) fn end(wal: &Path, image: &ImageInfo) -> Result<Option<WalEnd>> {
     let newest = newest_timeline(wal, image)?;
     for (segment, path) in segments_in(wal, &ImageInfo { pg_timeline: newest, ..*image })?.into_iter().rev() {
-        let file = match File::open(&path) {
+        let file = match open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file.on("open", &path)?,
         };
@@ -168,11 +176,34 @@ fn segments_in(dir: &Path, image: &ImageInfo) -> Result<BTreeMap<WalSegment, Pat
     Ok(segments)
 }
 
+/// Opens a file, and nothing else: no link, and nothing that one would have to wait for.
+fn open(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let file = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidData, "this is no file")),
+    }
+}
+
+/// What marks a segment that is shared: nobody may write it.
+pub(super) const SHARED_MODE: u32 = 0o444;
+
+/// Makes sure that no branch's Postgres can write what is not its alone. The directories it is in are closed to others, so
+/// that all may read it.
+fn share(file: &File) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::fchown(file, Some(0), Some(0))?;
+    }
+    file.set_permissions(Permissions::from_mode(SHARED_MODE))?;
+    file.sync_data()
+}
+
 /// Links a segment that is complete, or copies one that may still be written.
 fn give(from: &Path, to: &Path, image: &ImageInfo, next: Option<&PathBuf>, segment: &WalSegment) -> Result<()> {
     if next.is_some_and(|next| is_behind(next, &segment.next())) {
         match rustix::fs::link(from, to) {
-            Ok(()) => return File::open(to).and_then(|file| file.sync_data()).on("sync", to),
+            Ok(()) => return open(to).and_then(|file| share(&file)).on("sync", to),
             Err(Errno::XDEV | Errno::MLINK | Errno::PERM) => {}
             Err(errno) => return Err(errno).on("link", to),
         }
@@ -191,8 +222,9 @@ fn copy_until(from: &Path, to: &Path, image: &ImageInfo, end: &WalEnd) -> Result
 fn give_history(from: &Path, to: &Path) -> Result<()> {
     for (name, path) in wal_files_in(from)?.into_iter().filter(|(name, _)| is_history(name)) {
         let copy = to.join(name);
-        fs::copy(&path, &copy).on("copy", &path)?;
-        File::open(&copy).and_then(|file| file.sync_all()).on("sync", &copy)?;
+        let mut source = open(&path).on("open", &path)?;
+        let mut file = File::create(&copy).on("create", &copy)?;
+        io::copy(&mut source, &mut file).and_then(|_| file.sync_all()).on("copy", &path)?;
     }
     Ok(())
 }
@@ -202,7 +234,7 @@ fn give_history(from: &Path, to: &Path) -> Result<()> {
 /// Postgres may be appending. What it wrote before is copied whole; the page it is writing may be copied half, as a
 /// power cut might leave it, and recovery ends before it.
 fn copy_sparse(from: &Path, to: &Path, size: u64, until: u64) -> Result<File> {
-    let source = File::open(from).on("open", from)?;
+    let source = open(from).on("open", from)?;
     let copy = File::create(to).on("create", to)?;
     copy.set_len(size).on("write", to)?;
     let mut page = vec![0; BLOCK_BYTES as usize];
@@ -224,7 +256,7 @@ fn copy_sparse(from: &Path, to: &Path, size: u64, until: u64) -> Result<File> {
 }
 
 fn has_begun(path: &Path, segment: &WalSegment) -> bool {
-    File::open(path).is_ok_and(|file| segment.has_begun_page(&file, 0))
+    open(path).is_ok_and(|file| segment.has_begun_page(&file, 0))
 }
 
 /// Whether the WAL has come so far into this segment that the one before it will never be written again, not even by
@@ -233,7 +265,7 @@ fn has_begun(path: &Path, segment: &WalSegment) -> bool {
 /// A record that crosses the boundary must be there whole: recovery throws away a record that is not, and goes on
 /// writing where it began. It is whole if a page after the one it ends in was begun.
 fn is_behind(path: &Path, segment: &WalSegment) -> bool {
-    let Ok(file) = File::open(path) else { return false };
+    let Ok(file) = open(path) else { return false };
     let Some(header) = segment.page_header(&file, 0) else { return false };
     let rest = if header.continues { header.rest_bytes } else { 0 };
     let first = WAL_PAGE_BYTES - WAL_LONG_HEADER_BYTES;
@@ -244,7 +276,7 @@ fn is_behind(path: &Path, segment: &WalSegment) -> bool {
 /// Whether two segments are the same file, or the same bytes with zeroes for what one lacks.
 fn is_same(a: &Path, b: &Path) -> Result<bool> {
     let open = |path: &Path| {
-        let file = File::open(path).on("open", path)?;
+        let file = open(path).on("open", path)?;
         let meta = file.metadata().on("read", path)?;
         Ok((file, meta))
     };
@@ -356,6 +388,43 @@ mod tests {
         // What Postgres deletes meanwhile is still there.
         fs::remove_file(wal.join(segment(5).file_name())).unwrap();
         capture(&dirs.at("hold"), &dirs.at("layer"), &image(5 * u64::from(SEGMENT)), None).unwrap();
+    }
+
+    #[test]
+    fn what_branches_share_nobody_can_write() {
+        let dirs = Dirs::new();
+        let wal = dirs.at("wal");
+        write(&wal, 5, 128, 0);
+        write(&wal, 6, 9, 0);
+        dirs.capture(&image(5 * u64::from(SEGMENT) + 4000)).unwrap();
+        let mode = |dir: &Path, number| {
+            fs::metadata(dir.join(segment(number).file_name())).unwrap().permissions().mode() & 0o777
+        };
+        assert_eq!((mode(&wal, 5), links(&wal, 5)), (SHARED_MODE, 3));
+        assert_eq!(mode(&wal, 6) & 0o200, 0o200, "what is written to is not shared");
+        seed(&dirs.at("layer"), &dirs.at("other"), &image(5 * u64::from(SEGMENT) + 4000)).unwrap();
+        assert_eq!((mode(&dirs.at("other"), 5), links(&wal, 5)), (SHARED_MODE, 4));
+        assert_eq!(links(&dirs.at("other"), 6), 1);
+    }
+
+    #[test]
+    fn links_and_devices_among_wal_are_not_kept_and_not_waited_for() {
+        let dirs = Dirs::new();
+        let wal = dirs.at("wal");
+        write(&wal, 5, 2, 0);
+        let secret = dirs.at("secret");
+        fs::write(&secret, "of root").unwrap();
+        std::os::unix::fs::symlink(&secret, wal.join("00000002.history")).unwrap();
+        std::os::unix::fs::symlink(wal.join(segment(5).file_name()), wal.join(segment(6).file_name())).unwrap();
+        for name in ["00000003.history".to_owned(), segment(7).file_name()] {
+            let fifo = rustix::fs::FileType::Fifo;
+            let mode = rustix::fs::Mode::from_raw_mode(0o600);
+            rustix::fs::mknodat(rustix::fs::CWD, wal.join(name), fifo, mode, 0).unwrap();
+        }
+        let image = image(5 * u64::from(SEGMENT) + 4000);
+        assert_eq!(dirs.capture(&image).unwrap(), [segment(5).file_name()]);
+        assert!(changed_since(&wal, &dirs.at("layer"), &image).is_ok());
+        end(&wal, &image).expect_err("a link is no segment");
     }
 
     #[test]

@@ -2,11 +2,9 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use ebb_tests::{Node, Ran, python, wait_for};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use ebb_tests::{Authority, Node, Ran, python, wait_for};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket};
 
@@ -162,44 +160,6 @@ async fn an_allow_list_is_of_the_branch_and_of_what_is_made_from_it() {
     assert!(node.json(&["branch", "show", "shop/prod"]).get("allow").is_none());
     assert_ne!(node.ebb(&["branch", "allow", "shop/prod", "192.0.2.0/33"]).code, 0);
     assert_ne!(node.ebb(&["branch", "allow", "shop/prod"]).code, 0, "nothing is not `any`");
-}
-
-struct Authority {
-    issuer: CertifiedIssuer<'static, KeyPair>,
-    dir: PathBuf,
-}
-
-impl Authority {
-    fn new(dir: &Path) -> Self {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "test authority");
-        let key = KeyPair::generate().expect("a key can be made");
-        let issuer = CertifiedIssuer::self_signed(params, key).expect("it signs itself");
-        fs::write(dir.join("ca.pem"), issuer.pem()).expect("a file can be written");
-        Self { issuer, dir: dir.to_owned() }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
-    }
-
-    /// Writes `NAME.crt` and `NAME.key`.
-    fn sign(&self, name: &str, common_name: &str, hosts: &[&str]) {
-        let key = KeyPair::generate().expect("a key can be made");
-        let hosts: Vec<_> = hosts.iter().map(|host| (*host).to_owned()).collect();
-        let mut params = CertificateParams::new(hosts).expect("these are host names");
-        params.distinguished_name.push(DnType::CommonName, common_name);
-        let certificate = params.signed_by(&key, &self.issuer).expect("it can be signed");
-        let write = |suffix: &str, text: String| {
-            let path = self.dir.join(format!("{name}.{suffix}"));
-            fs::write(&path, text).expect("a file can be written");
-            let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-            fs::set_permissions(&path, private).expect("its mode can be set");
-        };
-        write("key", key.serialize_pem());
-        write("crt", certificate.pem());
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use ebb_tests::{Node, Ran, Stock, Writer, wait_for};
+use ebb_tests::{Authority, Node, Ran, Stock, Writer, wait_for};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
@@ -287,6 +287,30 @@ fn a_running_postgres_is_reached_over_tls_verified_or_not() {
     for branch in ["shop/preferred", "shop/verified"] {
         assert_eq!(node.psql(branch, "select count(*) from items"), "2000");
     }
+}
+
+#[test]
+fn both_sides_prove_who_they_are_by_certificates() {
+    let mut stock = shop("postgres", &[]);
+    stock.end("fast");
+    let node = Node::with_shop();
+    let dir = node.scratch();
+    let authority = Authority::new(dir);
+    authority.sign("server", "db", &["db.example.com"]);
+    authority.sign("importer", "importer", &[]);
+    stock.only_with_certificates(&authority);
+    stock.begin();
+    let url = |mode: &str| {
+        let roots = authority.path("ca.pem");
+        format!("{}?sslmode={mode}&sslrootcert={roots}", stock.url("postgres", "shop"))
+    };
+    let (crt, key) = (authority.path("importer.crt"), authority.path("importer.key"));
+    let with = |mode: &str| format!("{}&sslcert={crt}&sslkey={key}", url(mode));
+    refused(&node, &["import", "shop/x", "--from", &url("verify-ca")], "certificate", "pg_hba.conf");
+    refused(&node, &["import", "shop/x", "--from", &with("verify-full")], "TLS failed", "sslrootcert");
+    refused(&node, &["import", "shop/x", "--from", &format!("{}&sslcert={crt}", url("verify-ca"))], "key", "sslkey");
+    node.ok(&["import", "shop/proven", "--from", &with("verify-ca")]);
+    assert_eq!(node.psql("shop/proven", "select count(*) from items"), "2000");
 }
 
 #[test]

@@ -21,6 +21,7 @@ mod points;
 mod pooling;
 mod postgres_life;
 mod quick_start;
+mod red_team;
 mod releases;
 mod restore;
 mod sessions;

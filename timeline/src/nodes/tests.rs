@@ -165,6 +165,19 @@ async fn what_is_seen_once_and_then_not_looked_at_is_not_seen_to_die() {
 }
 
 #[tokio::test]
+async fn who_was_gone_is_looked_at_again_before_anything_is_taken_from_it() {
+    let (dir, bucket) = bucket().await;
+    let (one, two) = (node(&dir, "one", &bucket), node(&dir, "two", &bucket));
+    two.renew().await.unwrap();
+    while is_alive(&one, &two).await {
+        tokio::time::sleep(TTL / 20).await;
+    }
+    two.renew().await.unwrap();
+    assert_eq!(one.standing(two.me()).await.unwrap(), Standing::Gone, "that is what was seen");
+    assert!(matches!(one.standing_now(two.me()).await.unwrap(), Standing::Alive(_)));
+}
+
+#[tokio::test]
 async fn in_a_new_term_nothing_is_told_before_it_is_confirmed() {
     let (dir, bucket) = bucket().await;
     let (one, two) = (node(&dir, "one", &bucket), node(&dir, "two", &bucket));

@@ -203,7 +203,7 @@ impl Service {
                     self.keep(project, owner).await?;
                 }
             }
-            Some(owner) => match self.nodes.standing(owner.node).await? {
+            Some(owner) => match self.nodes.standing_now(owner.node).await? {
                 Standing::Alive(record) => {
                     if project.is_awake_here() {
                         let (service, project) = (self.clone(), project.clone());
@@ -535,7 +535,7 @@ impl Service {
     /// Who made a project that is not there yet, or is about to go: it is theirs to finish, unless they are gone.
     pub(super) async fn may_finish(&self, node: Option<NodeId>) -> Result<bool> {
         match node {
-            Some(node) if node != self.nodes.me() => Ok(self.nodes.standing(node).await? == Standing::Gone),
+            Some(node) if node != self.nodes.me() => Ok(self.nodes.standing_now(node).await? == Standing::Gone),
             _ => Ok(true),
         }
     }

@@ -81,7 +81,7 @@ impl Cluster {
 
     pub fn configure(&self) {
         let run = self.run();
-        let at = Surroundings { name: "test", run: &run, shipped: Some(self.durability) };
+        let at = Surroundings { name: "test", run: &run, conf: &run, shipped: Some(self.durability) };
         fs::write(run.join("postgresql.conf"), config::file(&at, &self.settings)).unwrap();
         fs::write(run.join("pg_hba.conf"), config::HBA).unwrap();
         self.give(&run);
@@ -109,7 +109,7 @@ impl Cluster {
     fn spawn(&mut self) {
         let run = self.run();
         let log = File::options().create(true).append(true).open(self.dir.path().join("log")).unwrap();
-        let at = Surroundings { name: "test", run: &run, shipped: Some(self.durability) };
+        let at = Surroundings { name: "test", run: &run, conf: &run, shipped: Some(self.durability) };
         let mut command = Command::new(self.installation.bin.join("postgres"));
         command.args(config::arguments(&at, &self.data(), false, None)).current_dir("/").stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);

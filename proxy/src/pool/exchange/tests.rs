@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::pool::names::PER_BACKEND_MAX;
+use crate::pool::names::{Held, PER_BACKEND_MAX};
+use crate::wire::{Fields, cstr, message};
 
 /// A server that runs no SQL: a text that begins with `bad` cannot be parsed, what is run is told by its text.
 #[derive(Default)]
