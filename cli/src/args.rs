@@ -13,7 +13,7 @@ use ebb_types::{BranchRef, CheckpointName, Point, PointRef, ProjectName};
 
 mod release;
 
-pub use release::{LedgerCommand, ReleaseCommand};
+pub use release::{LedgerCommand, LedgerSearch, ReleaseCommand, RollbackHow};
 
 /// Where the API is unless told otherwise.
 pub const DEFAULT_API: &str = "http://127.0.0.1:7432";
@@ -89,16 +89,19 @@ Examples:
     #[command(subcommand)]
     Release(ReleaseCommand),
     /// Take code and data back to the moment before the releases that followed RELEASE
-    #[command(after_help = "Examples:\n  ebb rollback shop --to v1 --plan\n  ebb rollback shop --to v1")]
+    #[command(after_help = "\
+Examples:
+  ebb rollback shop --to v1 --plan
+  ebb rollback shop --to v1
+  ebb rollback shop --to v1 --code-only")]
     Rollback {
         /// The project
         project: ProjectName,
         /// The release to go back to (`v1`)
         #[arg(long, value_name = "RELEASE")]
         to: String,
-        /// Only print what would come back and what would be set aside
-        #[arg(long)]
-        plan: bool,
+        #[command(flatten)]
+        how: RollbackHow,
         #[command(flatten)]
         key: IdempotencyKey,
     },

@@ -11,7 +11,7 @@ use ebb_types::{
 
 use crate::api::types::Parent;
 use crate::clients::Pinned;
-use crate::deploy::Rehearsal;
+use crate::deploy::{Part, Rehearsal};
 use crate::drill::{Drilled, Probe};
 use crate::error::Refusal;
 use crate::event::{Dump, Event, Key, Left, Moment, Origin, Plan, Replay, Rescue, Step};
@@ -140,6 +140,8 @@ pub enum Ask {
     Rollback {
         /// Its name.
         to: String,
+        /// Whether code, data or both go back.
+        part: Part,
         /// End of WAL on `prod` now, where known.
         lsn: Option<Lsn>,
         /// The next transaction number on `prod` now, where known.
@@ -417,9 +419,9 @@ pub fn plan(state: &ProjectState, ask: &Ask, fresh: &Fresh) -> Result<Plan, Refu
         }
         Ask::Release { .. } => releases::plan_release(state, ask, fresh),
         Ask::Rehearse { artifact, file } => releases::plan_rehearsal(state, artifact, file, fresh),
-        Ask::Rollback { to, lsn, next_xid, layers } => {
+        Ask::Rollback { to, part, lsn, next_xid, layers } => {
             let now = Found { lsn: *lsn, next_xid: *next_xid, ..Found::default() };
-            releases::plan_rollback(state, to, now, *layers, fresh)
+            releases::plan_rollback(state, (to, *part), now, *layers, fresh)
         }
         Ask::Suspend { branch } => {
             let (branch, _) = state.branch(branch)?;
@@ -670,10 +672,17 @@ fn step_events(state: &ProjectState, operation: &Operation, step: Step, found: F
             let replay = replay.as_ref().map(|replay| (replay, operation.replayed_end));
             events.extend(moved(held, *branch, to, *layer, replay, (head, found.end), rescue));
         }
-        (Plan::Rollback { branch, to, releases, checkpoint, layer, rescue, .. }, Step::Switch, Some(head)) => {
+        (Plan::Rollback { part: Part::Code, to, releases, .. }, Step::Switch, _) => {
+            events.push(Event::CodeRolledBack { to: *to, releases: releases.clone() });
+        }
+        (Plan::Rollback { branch, part, to, releases, checkpoint, layer, rescue, .. }, Step::Switch, Some(head)) => {
             let point = Point::Checkpoint(checkpoint.clone());
             events.extend(moved(held, *branch, &point, *layer, None, (head, found.end), rescue));
-            events.push(Event::ReleasesRolledBack { to: *to, releases: releases.clone() });
+            let releases = releases.clone();
+            events.push(match part {
+                Part::Data => Event::DataRolledBack { releases },
+                _ => Event::ReleasesRolledBack { to: *to, releases },
+            });
         }
         _ => {}
     }

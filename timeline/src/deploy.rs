@@ -121,6 +121,36 @@ pub struct Described {
     pub scratch: BranchId,
 }
 
+/// What of a release a rollback takes back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Code and data.
+    #[default]
+    Both,
+    /// The code; the data stays as it is.
+    Code,
+    /// The data; the code stays as it is.
+    Data,
+}
+
+impl Part {
+    /// Whether it is code and data.
+    pub fn is_both(&self) -> bool {
+        *self == Part::Both
+    }
+
+    /// Whether the code goes back.
+    pub fn has_code(self) -> bool {
+        self != Part::Data
+    }
+
+    /// Whether the data goes back.
+    pub fn has_data(self) -> bool {
+        self != Part::Code
+    }
+}
+
 /// What is done about a release that does not work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Remedy {

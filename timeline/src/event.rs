@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::types::{Parent, SetAside};
 use crate::clients::Pinned;
-use crate::deploy::{Described, GoingBack, MigrationRun, Probed, Rehearsal};
+use crate::deploy::{Described, GoingBack, MigrationRun, Part, Probed, Rehearsal};
 use crate::drill::{Fault, Probe, Report, TableRows};
 use crate::release_file::ReleaseFile;
 use crate::upkeep::UpkeepChange;
@@ -179,6 +179,18 @@ pub enum Event {
         /// Whose code is the project's code again.
         to: ReleaseId,
         /// What was taken back.
+        releases: Vec<ReleaseId>,
+    },
+    /// The code went back to before these releases, to this one; the data stayed.
+    CodeRolledBack {
+        /// Whose code is the project's code again.
+        to: ReleaseId,
+        /// Whose code was taken back.
+        releases: Vec<ReleaseId>,
+    },
+    /// The data went back to before these releases; the code stayed.
+    DataRolledBack {
+        /// Whose data was taken back.
         releases: Vec<ReleaseId>,
     },
     /// A release was tried on a copy of `prod`.
@@ -481,6 +493,9 @@ pub enum Plan {
     Rollback {
         /// The branch: `prod`.
         branch: BranchId,
+        /// Whether code, data or both go back.
+        #[serde(default, skip_serializing_if = "Part::is_both")]
+        part: Part,
         /// The release that comes back.
         to: ReleaseId,
         /// Its artifact.
@@ -657,7 +672,7 @@ impl Plan {
     /// | release | `Rehearse`, if it describes itself. `Checkpoint`; `Migrate`; `Switch`\*: code recorded; `Code`: symlink. `Probe`, if it describes itself | the release has failed; checkpoint and earlier migrations stay |
     /// | release that goes back by itself\* | `Return`: fence, stop, seal; data and code in one entry. `Code`. `Sweep`, if data goes back | – |
     /// | rehearse | `Rehearse` | the copy is removed |
-    /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume | release the fence |
+    /// | rollback | `Switch`\*: fence, stop, seal; data and code in one entry. `Code`: symlink. `Sweep`: the old volume. Of code or data alone: what belongs to that | release the fence |
     /// | export | `Replay`, for a moment between seals. `Write` | the directory, or the dump, is removed |
     /// | wake | `Start` | nothing to do |
     /// | import | `Copy`; `Settle`, but for a dump; `Record`\*: the layer; branch | all of it is removed, and a project that was made for it |
@@ -682,6 +697,8 @@ impl Plan {
             }
             Plan::Release { .. } => &[Step::Checkpoint, Step::Migrate, Step::Switch, Step::Code],
             Plan::Rehearse { .. } => &[Step::Rehearse],
+            Plan::Rollback { part: Part::Code, .. } => &[Step::Switch, Step::Code],
+            Plan::Rollback { part: Part::Data, .. } => &[Step::Switch, Step::Sweep],
             Plan::Rollback { .. } => &[Step::Switch, Step::Code, Step::Sweep],
             Plan::Export { .. } => &[Step::Write],
             Plan::Wake { .. } => &[Step::Start],

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod artifact;
+pub mod audit;
 pub mod catalog;
 pub mod clients;
 pub mod collect;

@@ -582,7 +582,9 @@ impl ProjectState {
                 }
                 self.code = Some(self.release_mut(*to)?.id);
             }
-            Event::ReleaseRehearsed { .. }
+            Event::CodeRolledBack { .. }
+            | Event::DataRolledBack { .. }
+            | Event::ReleaseRehearsed { .. }
             | Event::ReleaseMigrated { .. }
             | Event::ReleaseProbed { .. }
             | Event::ReleaseGoesBack { .. }

@@ -1,5 +1,5 @@
-//! The commands that talk to the API: one request, then what came back, for people or for programs. And `fsck`, which
-//! needs no server.
+//! The commands that talk to the API: one request, then what came back, for people or for programs. And those that
+//! need no server.
 
 mod branch;
 mod collect;
@@ -9,6 +9,7 @@ mod diff;
 mod drill;
 pub mod fsck;
 pub mod import;
+mod ledger;
 mod project;
 mod psql;
 mod release;
@@ -38,8 +39,8 @@ pub fn run(command: Command, api: &str, output: Output) -> Result<(), Failure> {
         Command::Compute(command) => compute::run(&to, command),
         Command::Node(command) => compute::run_node(&to, command),
         Command::Release(command) => release::run(&to, command),
-        Command::Rollback { project, to: release, plan, key } => release::rollback(&to, &project, &release, plan, &key),
-        Command::Ledger(command) => project::run_ledger(&to, command),
+        Command::Rollback { project, to: release, how, key } => release::rollback(&to, &project, &release, how, &key),
+        Command::Ledger(command) => ledger::run(&to, command),
         Command::Export { from, dir, format, database, key } => {
             branch::export(&to, &from, &dir, format.0.map(|format| (format, database)), &key)
         }

@@ -1,10 +1,10 @@
-//! `ebb project …` and `ebb ledger …`.
+//! `ebb project …`.
 
-use ebb_timeline::api::types::{CreateProject, CreatedProject, LedgerEntries, LedgerVerdict, Project, ProjectList};
+use ebb_timeline::api::types::{CreateProject, CreatedProject, Project, ProjectList};
 use ebb_types::ErrorKind;
 
 use super::{Session, absolute};
-use crate::args::{LedgerCommand, ProjectCommand};
+use crate::args::ProjectCommand;
 use crate::commands::branch::{branch_table, stored};
 use crate::failure::Failure;
 use crate::output::{facts, table};
@@ -63,43 +63,6 @@ fn new_project(view: CreatedProject) -> String {
     ]);
     eprintln!("The password is shown once; `ebb url {}/prod` prints the URL again.", view.project.name);
     lines
-}
-
-pub fn run_ledger(to: &Session, command: LedgerCommand) -> Result<(), Failure> {
-    match command {
-        LedgerCommand::List { project } => {
-            to.show(&to.client.get(&format!("projects/{project}/ledger"))?, |view: LedgerEntries| {
-                table(
-                    ["SEQ", "TIME", "ACTOR", "ACT", "ON", "RESULT"],
-                    view.entries.into_iter().map(|entry| {
-                        [entry.seq.to_string(), seconds(entry.time), entry.actor, entry.act, entry.on, entry.result]
-                    }),
-                )
-            })
-        }
-        LedgerCommand::Verify { project } => {
-            let answer = to.client.get(&format!("projects/{project}/ledger/verify"))?;
-            let fault = match answer["ok"].as_bool() {
-                Some(true) => None,
-                _ => Some(answer["fault"].as_str().unwrap_or("the API did not say what is wrong").to_owned()),
-            };
-            to.show(&answer, |view: LedgerVerdict| {
-                facts([
-                    ("ledger", if view.ok { "ok".to_owned() } else { "BROKEN".to_owned() }),
-                    ("entries", view.entries.to_string()),
-                    ("head", view.head_hash),
-                    ("fault", view.fault.unwrap_or_default()),
-                ])
-            })?;
-            match fault {
-                None => Ok(()),
-                Some(fault) => {
-                    Err(Failure::new(ErrorKind::Corrupt, format!("the ledger of {project} is broken: {fault}"))
-                        .hint("Keep the bucket as it is and restore the damaged objects under projects/ from a copy."))
-                }
-            }
-        }
-    }
 }
 
 /// A time to the second, in UTC: people compare it with logs.

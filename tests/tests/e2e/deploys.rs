@@ -429,3 +429,55 @@ fn a_rehearsal_tells_what_a_release_would_lock_and_changes_nothing() {
     assert!(ran.code == 2 && ran.stdout.contains("ebb.toml:1:2") && ran.stdout.contains("policy"), "{ran:?}");
     assert_eq!(release(&node, &v2).code, 2);
 }
+
+#[test]
+fn a_rollback_counts_what_it_would_set_aside_and_code_or_data_can_go_back_alone() {
+    let mut node = Node::with_shop();
+    let first = migration(
+        "001_t.sql",
+        "create table t as select generate_series(1, 100) as id; alter table t add primary key (id)",
+    );
+    let v1 = artifact(&node, "one", "", std::slice::from_ref(&first));
+    node.ok(&["release", "create", "shop", "--artifact", text(&v1)]);
+    let more = [first, migration("002_u.sql", "create table u as select 1 as id")];
+    let v2 = artifact(&node, "two", "[policy]\nfence = true\n", &more);
+    node.ok(&["release", "create", "shop", "--artifact", text(&v2)]);
+    node.psql("shop/prod", "insert into t values (101), (102); delete from t where id = 1");
+
+    let plan = node.json(&["rollback", "shop", "--to", "v1", "--plan"]);
+    let of = |name: &str| {
+        let tables = plan["written"]["tables"].as_array().expect("a list");
+        tables.iter().find(|table| table["table"] == name).unwrap_or_else(|| panic!("{name} is not in {plan}")).clone()
+    };
+    assert_eq!((&of("public.t")["added"], &of("public.t")["removed"]), (&2.into(), &1.into()), "{plan}");
+    assert!(plan["set_aside"]["transactions"].as_u64() >= Some(2) && plan["set_aside"]["wal_bytes"].as_u64() > Some(0));
+    let code = || fs::read_to_string(node.data().join("projects/shop/current/app.txt")).expect("there is code");
+    assert_eq!(code(), "two", "a plan changes nothing");
+
+    let back = node.json(&["rollback", "shop", "--to", "v1", "--code-only"]);
+    assert!(back["rescue"].is_null() && code() == "one", "{back}");
+    assert_eq!(node.psql("shop/prod", "select count(*) from t, u"), "101");
+    node.ok(&["release", "create", "shop", "--artifact", text(&v2)]);
+    let back = node.json(&["rollback", "shop", "--to", "v1", "--data-only"]);
+    assert!(back["rescue"]["name"].is_string() && code() == "two", "{back}");
+    assert_eq!(node.psql("shop/prod", "select count(*), to_regclass('u') is null from t"), "100|t");
+
+    let found = node.json(&["ledger", "list", "shop", "--operation", "rollback", "--on", "v1"]);
+    assert_eq!(found["entries"][0]["act"], "rollback", "{found}");
+    let bucket = node.data().join("bucket");
+    node.stop();
+    let verdict = node.json(&["ledger", "verify", "--bucket", text(&bucket), "shop"]);
+    assert_eq!(verdict["ok"], true);
+    let lines = node.ok(&["ledger", "export", "--bucket", text(&bucket), "shop"]);
+    assert_eq!(lines.lines().count() as u64, verdict["entries"].as_u64().expect("a number"));
+    let last: Value = serde_json::from_str(lines.lines().last().expect("there is one")).expect("JSON Lines");
+    assert_eq!(last["hash"], verdict["head_hash"]);
+    let project = fs::read_dir(bucket.join("projects")).expect("a directory").next().expect("one").expect("one");
+    let object =
+        fs::read_dir(project.path().join("ledger")).expect("a directory").map(|entry| entry.expect("one").path());
+    let fourth = object.into_iter().find(|path| text(path).ends_with("04")).expect("there are as many");
+    let stored = fs::read_to_string(&fourth).expect("it can be read");
+    fs::write(&fourth, stored.replacen("local", "loval", 1)).expect("it can be written");
+    let ran = node.ebb(&["ledger", "verify", "--bucket", text(&bucket), "shop"]);
+    assert!(ran.code == 1 && ran.stdout.contains("entry 4"), "{ran:?}");
+}

@@ -10,6 +10,7 @@
 mod call;
 mod deploys;
 mod drills;
+mod ledger;
 mod routes;
 pub mod types;
 mod upkeep;
@@ -60,7 +61,7 @@ pub fn router_with_metrics(service: Arc<Service>, metrics: Option<RenderMetrics>
         .route("/v1/projects/{project}/rehearsals", post(deploys::rehearse))
         .route("/v1/projects/{project}/diff", get(routes::diff))
         .route("/v1/projects/{project}/rollback", post(routes::rollback))
-        .route("/v1/projects/{project}/ledger", get(routes::list_ledger))
+        .route("/v1/projects/{project}/ledger", get(ledger::list_ledger))
         .route("/v1/projects/{project}/ledger/verify", get(routes::verify_ledger))
         .route("/v1/projects/{project}/move", post(routes::move_project))
         .route("/v1/nodes", get(routes::list_nodes))

@@ -63,7 +63,7 @@ pub(super) fn done<T>(value: T) -> Answered<T> {
         create_release,
         super::deploys::show_release,
         super::deploys::rehearse,
-        list_ledger,
+        super::ledger::list_ledger,
         verify_ledger,
         delete_project,
         rollback,
@@ -299,12 +299,6 @@ pub(super) async fn create_release(
     made(service.create_release(&caller, &project, body).await?)
 }
 
-/// All receipts, oldest first.
-#[utoipa::path(get, path = "/v1/projects/{project}/ledger", params(("project" = String, Path)), responses((status = 200, body = LedgerEntries), (status = "default", body = Problem)))]
-pub(super) async fn list_ledger(State(service): Node, Path(project): Path<String>) -> Answered<LedgerEntries> {
-    done(LedgerEntries { entries: service.ledger_entries(&project).await? })
-}
-
 /// Checks the ledger from its first entry on.
 #[utoipa::path(get, path = "/v1/projects/{project}/ledger/verify", params(("project" = String, Path)), responses((status = 200, body = LedgerVerdict), (status = "default", body = Problem)))]
 pub(super) async fn verify_ledger(State(service): Node, Path(project): Path<String>) -> Answered<LedgerVerdict> {
@@ -331,9 +325,9 @@ pub(super) async fn rollback(
     Act { caller, body }: Act<Rollback>,
 ) -> Answered<RollbackAnswer> {
     if body.plan {
-        return done(RollbackAnswer::Planned(service.plan_rollback(&project, &body.to).await?));
+        return done(RollbackAnswer::Planned(Box::new(service.plan_rollback(&project, &body).await?)));
     }
-    done(RollbackAnswer::Done(Box::new(service.rollback(&caller, &project, &body.to).await?.value)))
+    done(RollbackAnswer::Done(Box::new(service.rollback(&caller, &project, &body).await?.value)))
 }
 
 /// Hands a project over to another node of the bucket; its clients stay connected.

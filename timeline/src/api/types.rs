@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::clients::{Pinned, SessionRow};
-use crate::deploy::{MigrationRun, Probed, Rehearsal};
+use crate::deploy::{MigrationRun, Part, Probed, Rehearsal};
+use crate::diff::TableDiff;
 
 pub use super::upkeep::*;
 
@@ -482,6 +483,65 @@ pub struct Rollback {
     /// Only tell what would happen.
     #[serde(default)]
     pub plan: bool,
+    /// Leave the data as it is.
+    #[serde(default)]
+    pub code_only: bool,
+    /// Leave the code as it is.
+    #[serde(default)]
+    pub data_only: bool,
+    /// With `plan`: count the rows that were written since, table by table.
+    #[serde(default)]
+    pub rows: bool,
+}
+
+impl Rollback {
+    /// What goes back.
+    ///
+    /// # Errors
+    /// If nothing would.
+    pub fn part(&self) -> Result<Part, crate::Refusal> {
+        match (self.code_only, self.data_only) {
+            (false, false) => Ok(Part::Both),
+            (true, false) => Ok(Part::Code),
+            (false, true) => Ok(Part::Data),
+            (true, true) => Err(crate::Refusal::Invalid("of code_only and data_only only one can be".to_owned())),
+        }
+    }
+}
+
+/// What was written since a checkpoint, and would be set aside.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Written {
+    /// Tables whose rows differ.
+    pub tables: Vec<TableWritten>,
+    /// Objects whose definitions differ.
+    pub objects: Vec<String>,
+    /// Why it cannot be told, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unknown: Option<String>,
+}
+
+/// Rows of one table that differ from a checkpoint's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TableWritten {
+    /// Its schema and name.
+    pub table: String,
+    /// Rows that are new.
+    pub added: u64,
+    /// Rows that are gone.
+    pub removed: u64,
+    /// Rows that are others.
+    pub changed: u64,
+    /// What a person should know of the comparison.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+impl From<TableDiff> for TableWritten {
+    fn from(table: TableDiff) -> Self {
+        let TableDiff { added, removed, changed, note, .. } = table;
+        Self { table: format!("{}.{}", table.schema, table.table), added, removed, changed, note }
+    }
 }
 
 /// What a rollback does: answer to `POST …/rollback` with `plan`.
@@ -496,6 +556,12 @@ pub struct RollbackPlan {
     pub code: CodeSwitch,
     /// What goes to the rescue branch.
     pub set_aside: SetAside,
+    /// Whether code, data or both go back.
+    #[serde(default)]
+    pub part: Part,
+    /// What was written since, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub written: Option<Written>,
 }
 
 /// From which artifact to which.
@@ -531,8 +597,9 @@ pub struct SetAside {
 pub struct RolledBack {
     /// What was done.
     pub plan: RollbackPlan,
-    /// Where the old head of `prod` is now.
-    pub rescue: Branch,
+    /// Where the old head of `prod` is now; absent if only the code went back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rescue: Option<Branch>,
 }
 
 /// Answer to `POST …/rollback`.
@@ -542,14 +609,17 @@ pub enum RollbackAnswer {
     /// It was done.
     Done(Box<RolledBack>),
     /// With `plan`: it was only told.
-    Planned(RollbackPlan),
+    Planned(Box<RollbackPlan>),
 }
 
 /// Answer to `GET …/ledger`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct LedgerEntries {
-    /// All entries, oldest first.
+    /// Those that were looked for, oldest first.
     pub entries: Vec<Entry>,
+    /// Where it goes on, if there are more: `after` of the next request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<u64>,
 }
 
 /// One receipt.

@@ -4,7 +4,7 @@ use ebb_types::{OperationId, Point};
 
 use super::{Ask, Found, Fresh, PROD, free, free_checkpoint_name, moved, rescue, running, sealed};
 use crate::api::types::SetAside;
-use crate::deploy::{Aside, Described, GoingBack, MigrationRun, Probed, Rehearsal};
+use crate::deploy::{Aside, Described, GoingBack, MigrationRun, Part, Probed, Rehearsal};
 use crate::error::Refusal;
 use crate::event::{Event, Plan, Step};
 use crate::machine::{Phase, ReleaseStage};
@@ -88,7 +88,7 @@ pub fn deployed_now<'s>(state: &'s ProjectState, artifact: &str) -> Option<&'s R
 /// that was not itself taken back.
 pub(super) fn plan_rollback(
     state: &ProjectState,
-    to: &str,
+    (to, part): (&str, Part),
     now: Found,
     layers: u64,
     fresh: &Fresh,
@@ -121,6 +121,9 @@ pub(super) fn plan_rollback(
         .skip(1)
         .filter(|release| release.stage != ReleaseStage::RolledBack)
         .collect();
+    if part == Part::Code && state.code == Some(target.id) {
+        return no_way("its code is in service", "There is nothing to take back but data.".to_owned());
+    }
     if releases.is_empty() {
         let advice = format!(
             "Nothing was deployed after it. To take back the data alone: ebb branch restore PROJECT/prod --to {}.",
@@ -128,22 +131,26 @@ pub(super) fn plan_rollback(
         );
         return no_way("it is the latest release", advice);
     }
-    let Some(next) = releases.iter().find(|release| release.checkpointed) else {
+    // Of code alone, only the names matter.
+    let otherwise = Some(&target).filter(|_| part == Part::Code);
+    let Some(next) = releases.iter().find(|release| release.checkpointed).or(otherwise) else {
         let advice = "Nothing has to be taken back: its code and its data are what is there.".to_owned();
         return no_way("the releases after it failed before they touched anything", advice);
     };
     let checkpoint = prod.checkpoint(next.checkpoint.as_str())?;
     free(state, branch)?;
     let since = |now: Option<u64>, then: Option<u64>| now.zip(then).and_then(|(now, then)| now.checked_sub(then));
+    let data = part.has_data();
     let set_aside = SetAside {
-        transactions: since(now.next_xid, checkpoint.next_xid),
-        wal_bytes: since(now.lsn.map(|lsn| lsn.0), checkpoint.lsn.map(|lsn| lsn.0)),
+        transactions: since(now.next_xid, checkpoint.next_xid).filter(|_| data),
+        wal_bytes: since(now.lsn.map(|lsn| lsn.0), checkpoint.lsn.map(|lsn| lsn.0)).filter(|_| data),
         releases: releases.iter().map(|release| release.name.clone()).collect(),
-        layers,
+        layers: if data { layers } else { 0 },
         since: checkpoint.created_at,
     };
     Ok(Plan::Rollback {
         branch,
+        part,
         to: target.id,
         artifact: target.artifact.clone(),
         releases: releases.iter().map(|release| release.id).collect(),

@@ -4,7 +4,7 @@ use ebb_types::ProjectId;
 use proptest::prelude::*;
 
 use super::*;
-use crate::deploy::Rehearsal;
+use crate::deploy::{Part, Rehearsal};
 use crate::drill::Fault;
 use crate::ledger::{Entry, Fold as _};
 
@@ -266,7 +266,13 @@ fn ask() -> impl Strategy<Value = Ask> {
             file: describes.then(Box::default),
         }),
         any::<u8>().prop_map(|n| Ask::Rehearse { artifact: format!("{n:02x}"), file: Box::default() }),
-        (1..5u8).prop_map(|n| Ask::Rollback { to: format!("v{n}"), lsn: None, next_xid: None, layers: 0 }),
+        (1..5u8, prop::sample::select(vec![Part::Both, Part::Code, Part::Data])).prop_map(|(n, part)| Ask::Rollback {
+            to: format!("v{n}"),
+            part,
+            lsn: None,
+            next_xid: None,
+            layers: 0
+        }),
         branch_name().prop_map(|branch| Ask::Suspend { branch }),
         (branch_name(), point()).prop_map(|(branch, point)| Ask::Drill { branch, point, probes: Vec::new() }),
         (branch_name(), 0..5_000u64).prop_map(|(branch, ms)| Ask::ChangeBranch {
@@ -316,7 +322,7 @@ fn release(model: &mut Model, artifact: &str) {
 }
 
 fn rollback(model: &mut Model, to: &str) -> Result<(), Refusal> {
-    model.act(&Ask::Rollback { to: to.to_owned(), lsn: None, next_xid: None, layers: 0 })
+    model.act(&Ask::Rollback { to: to.to_owned(), part: Part::Both, lsn: None, next_xid: None, layers: 0 })
 }
 
 fn before(model: &Model, name: &str) -> LayerId {

@@ -74,7 +74,7 @@ pub use compute::AwakeUnit;
 use compute::Cell;
 pub use diff::DiffRequest;
 pub use owners::Place;
-pub(crate) use views::seconds_to_ms;
+pub(crate) use views::{Reader, seconds_to_ms};
 
 /// LIMIT: enough for the ledger, the journal and the WAL of one more shutdown; below it nothing new is begun.
 pub const MIN_FREE_BYTES: u64 = 64 << 20;

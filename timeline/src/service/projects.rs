@@ -17,7 +17,7 @@ use ebb_types::{BranchId, BranchRef, EndpointName, OperationId, ProjectId, Proje
 use postgres_protocol::password::scram_sha_256;
 
 use super::compute::Fence;
-use super::views::{Reader, encode_query};
+use super::views::encode_query;
 use super::{Answer, Caller, Project, Service};
 use crate::api::types as api;
 use crate::catalog::{CatalogEvent, ledger_name};
@@ -28,7 +28,7 @@ use crate::ledger::read_chain;
 use crate::machine::Standing;
 use crate::secrets::generate_password;
 use crate::state::ProjectState;
-use crate::{Refusal, Result};
+use crate::{Refusal, Result, audit};
 
 /// LIMIT: deleting a project waits for nobody's transaction.
 const DELETE_FENCE_MAX: Duration = Duration::from_millis(500);
@@ -393,8 +393,21 @@ impl Service {
     pub async fn ledger_entries(&self, project: &str) -> Result<Vec<api::Entry>> {
         let project = self.project(project)?;
         let verdict = read_chain::<Event>(&self.bucket, &ledger_name(project.id)).await?;
-        let mut reader = Reader::default();
-        Ok(verdict.entries.iter().map(|entry| reader.receipt(entry)).collect())
+        Ok(audit::receipts(&verdict.entries))
+    }
+
+    /// Receipts that are looked for, by page.
+    ///
+    /// # Errors
+    /// As [`Service::ledger_entries`].
+    pub async fn search_ledger(
+        &self,
+        project: &str,
+        search: &audit::Search,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<api::LedgerEntries> {
+        Ok(audit::page(self.ledger_entries(project).await?, search, after, limit))
     }
 
     /// Checks a project's ledger from its first entry on.

@@ -6,13 +6,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ebb_types::{LayerId, ProjectName};
+use ebb_types::{BranchName, CheckpointName, LayerId, Point, ProjectName};
 
 use super::views::{release_view, rollback_view};
-use super::{Answer, Caller, Project, Service};
+use super::{Answer, Caller, DiffRequest, Project, Service};
 use crate::api::types as api;
 use crate::artifact::MIGRATIONS_DIR;
 use crate::decide::{Ask, Found, PROD, deployed_now, plan};
+use crate::deploy::Part;
 use crate::event::Plan;
 use crate::machine::{Compute, ReleaseStage};
 use crate::release_file::ReleaseFile;
@@ -138,11 +139,36 @@ impl Service {
     ///
     /// # Errors
     /// As the rollback would.
-    pub async fn plan_rollback(&self, project: &str, to: &str) -> Result<api::RollbackPlan> {
+    pub async fn plan_rollback(self: &Arc<Self>, project: &str, request: &api::Rollback) -> Result<api::RollbackPlan> {
         let project = self.project(project)?;
-        let ask = self.rollback_ask(&project, to).await?;
+        let (to, part) = (request.to.as_str(), request.part()?);
+        let ask = self.rollback_ask(&project, to, part).await?;
         let state = project.ledger.state();
-        rollback_view(&state, &plan(&state, &ask, &self.fresh())?)
+        let mut view = rollback_view(&state, &plan(&state, &ask, &self.fresh())?)?;
+        if request.rows && part.has_data() {
+            view.written = Some(self.written_since(&project, &view.checkpoint).await);
+        }
+        Ok(view)
+    }
+
+    /// What was written on `prod` since a checkpoint. That it cannot be told is no reason not to go back.
+    async fn written_since(self: &Arc<Self>, project: &Project, checkpoint: &CheckpointName) -> api::Written {
+        let prod: BranchName = PROD.parse().expect("the name of the branch that releases go to is a name");
+        let request = DiffRequest {
+            from: (prod.clone(), Point::Checkpoint(checkpoint.clone())),
+            to: (prod, Point::Head),
+            database: None,
+            table: None,
+            samples: Some(0),
+        };
+        match self.diff(project.name.as_str(), request).await {
+            Ok(diff) => api::Written {
+                tables: diff.tables.into_iter().map(api::TableWritten::from).collect(),
+                objects: diff.objects.into_iter().map(|object| format!("{} {}", object.kind, object.name)).collect(),
+                unknown: None,
+            },
+            Err(error) => api::Written { unknown: Some(error.chain()), ..api::Written::default() },
+        }
     }
 
     /// Takes code and data back to a release.
@@ -153,15 +179,16 @@ impl Service {
         self: &Arc<Self>,
         caller: &Caller,
         project: &str,
-        to: &str,
+        request: &api::Rollback,
     ) -> Result<Answer<api::RolledBack>> {
         let project = self.project(project)?;
+        let (to, part) = (request.to.as_str(), request.part()?);
         let replayed = match &caller.key {
             Some(key) => project.ledger.state().key(key)?.is_some(),
             None => false,
         };
         // A repetition is answered by its key, also now that there is nothing left to roll back.
-        let ask = if replayed { plain_ask(to) } else { self.rollback_ask(&project, to).await? };
+        let ask = if replayed { plain_ask(to, part) } else { self.rollback_ask(&project, to, part).await? };
         let acted = self.act(&project, caller, ask).await?;
         let Plan::Rollback { rescue, .. } = &acted.plan else {
             return Err(Refusal::TooLate(format!("the operation is a {}", acted.plan.act())).into());
@@ -169,15 +196,18 @@ impl Service {
         let state = project.ledger.state();
         let value = api::RolledBack {
             plan: rollback_view(&state, &acted.plan)?,
-            rescue: self.branch_view(&project, &state, rescue.branch)?,
+            rescue: match part.has_data() {
+                true => Some(self.branch_view(&project, &state, rescue.branch)?),
+                false => None,
+            },
         };
         Ok(Answer { value, new: acted.new })
     }
 
     /// The request with what can be known of `prod` now, to tell what will be set aside.
-    async fn rollback_ask(&self, project: &Project, to: &str) -> Result<Ask> {
+    async fn rollback_ask(&self, project: &Project, to: &str, part: Part) -> Result<Ask> {
         let state = project.ledger.state();
-        let Plan::Rollback { branch, layer, .. } = plan(&state, &plain_ask(to), &self.fresh())? else {
+        let Plan::Rollback { branch, layer, .. } = plan(&state, &plain_ask(to, part), &self.fresh())? else {
             return Err(Error::Lost("the plan"));
         };
         let awake = matches!(project.cell(branch).inner.lock().compute, Compute::Active(_));
@@ -191,6 +221,7 @@ impl Service {
         let beyond = chain.iter().rev().take_while(|&&of_chain| of_chain != layer).count() as u64;
         Ok(Ask::Rollback {
             to: to.to_owned(),
+            part,
             lsn: now.lsn,
             next_xid: now.next_xid,
             layers: if chain.contains(&layer) { beyond } else { 0 } + u64::from(awake),
@@ -225,8 +256,8 @@ impl Service {
     }
 }
 
-fn plain_ask(to: &str) -> Ask {
-    Ask::Rollback { to: to.to_owned(), lsn: None, next_xid: None, layers: 0 }
+fn plain_ask(to: &str, part: Part) -> Ask {
+    Ask::Rollback { to: to.to_owned(), part, lsn: None, next_xid: None, layers: 0 }
 }
 
 /// How things stand after a release that does not work, and what to do.

@@ -310,10 +310,14 @@ impl Service {
                 self.node.remove_branch(*branch).await?;
                 project.cells.lock().remove(branch);
             }
-            (Plan::Rollback { branch, layer, seal, artifact, .. }, Step::Switch) => {
-                self.artifacts.ensure_local(artifact).await?;
-                crate::files::may_be_switched(&self.current_link(project)?)?;
-                found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);
+            (Plan::Rollback { branch, part, layer, seal, artifact, .. }, Step::Switch) => {
+                if part.has_code() {
+                    self.artifacts.ensure_local(artifact).await?;
+                    crate::files::may_be_switched(&self.current_link(project)?)?;
+                }
+                if part.has_data() {
+                    found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);
+                }
             }
             (Plan::Restore { branch, layer, seal, .. }, Step::Switch) => {
                 found.take(self.set_aside(project, *branch, *layer, *seal, fence).await?);

@@ -134,6 +134,10 @@ async fn restore(service: &Arc<Service>, branch: &str, to: &str) -> Result<Answe
     service.restore(&caller(), "shop", branch, api::RestoreBranch { to: to.to_owned() }).await
 }
 
+fn to_release(to: &str) -> api::Rollback {
+    api::Rollback { to: to.to_owned(), plan: false, code_only: false, data_only: false, rows: false }
+}
+
 async fn deploy(rig: &Rig, service: &Arc<Service>, name: &str, migrations: &[&str]) -> Result<Answer<api::Release>> {
     let artifact = rig.artifact(name, migrations);
     service.create_release(&caller(), "shop", api::CreateRelease { artifact }).await
@@ -311,7 +315,7 @@ async fn releases_and_rollback_move_code_and_data_together() {
     write(&rig, &service, "prod", "order 2").await;
     assert_eq!(rig.code().as_deref(), Some("two"));
 
-    let plan = service.plan_rollback("shop", "v1").await.unwrap();
+    let plan = service.plan_rollback("shop", &to_release("v1")).await.unwrap();
     assert_eq!(
         (plan.checkpoint.as_str(), plan.set_aside.releases.as_slice()),
         ("before-v2", ["v2".to_owned()].as_slice())
@@ -319,12 +323,12 @@ async fn releases_and_rollback_move_code_and_data_together() {
     assert_eq!((plan.set_aside.transactions, plan.set_aside.wal_bytes), (Some(2), Some(200)));
     assert_eq!(rig.code().as_deref(), Some("two"), "a plan did something");
 
-    let done = service.rollback(&caller(), "shop", "v1").await.unwrap().value;
+    let done = service.rollback(&caller(), "shop", &to_release("v1")).await.unwrap().value;
     assert_eq!(done.plan.checkpoint, plan.checkpoint);
     assert_eq!(rig.code().as_deref(), Some("one"));
     assert_eq!(rows(&rig, &service, "prod").await, ["migration 1.sql", "order 1"]);
     assert_eq!(
-        rows(&rig, &service, done.rescue.name.as_str()).await,
+        rows(&rig, &service, done.rescue.unwrap().name.as_str()).await,
         ["migration 1.sql", "migration 2.sql", "order 1", "order 2"]
     );
     assert_settled(&rig, &service).await;
@@ -344,7 +348,7 @@ async fn a_failed_migration_leaves_the_code_and_says_where() {
     assert!(releases[1].fault.as_ref().unwrap().contains("2.sql"));
     assert_eq!(rig.code().as_deref(), Some("one"));
     // The data goes back with a rollback to the release in service.
-    service.rollback(&caller(), "shop", "v1").await.unwrap();
+    service.rollback(&caller(), "shop", &to_release("v1")).await.unwrap();
     assert!(rows(&rig, &service, "prod").await.is_empty());
     assert_settled(&rig, &service).await;
 }
@@ -536,7 +540,7 @@ async fn every_act_leaves_receipts_that_can_be_read() {
     assert_eq!(service.export(&caller(), "shop", "dev", export).await.unwrap().value.bytes, 1);
     deploy(&rig, &service, "one", &[]).await.unwrap();
     deploy(&rig, &service, "two", &[]).await.unwrap();
-    service.rollback(&caller(), "shop", "v1").await.unwrap();
+    service.rollback(&caller(), "shop", &to_release("v1")).await.unwrap();
     let out = rig.dir.path().display().to_string();
     let receipts: Vec<_> = service
         .ledger_entries("shop")
@@ -570,6 +574,8 @@ enum Cut {
     DescribedRelease,
     ReleaseGoesBack,
     CodeGoesBack,
+    RollbackOfCode,
+    RollbackOfData,
 }
 
 /// Imports a directory, and waits for what comes of it.
@@ -600,7 +606,7 @@ async fn prepare(rig: &Rig, service: &Arc<Service>, cut: Cut) {
     write(rig, service, "prod", "2").await;
     match cut {
         Cut::DeleteBranch => drop(new_branch(service, "pr", "shop/prod").await.unwrap()),
-        Cut::Rollback => {
+        Cut::Rollback | Cut::RollbackOfCode | Cut::RollbackOfData => {
             deploy(rig, service, "one", &["1.sql"]).await.unwrap();
             write(rig, service, "prod", "3").await;
             deploy(rig, service, "two", &["1.sql", "2.sql"]).await.unwrap();
@@ -629,7 +635,15 @@ async fn carry_out(rig: &Rig, service: &Arc<Service>, cut: Cut) -> Result<()> {
         Cut::DescribedRelease => deploys::deploy(rig, service, deploys::WELL).await.map(drop),
         Cut::ReleaseGoesBack => deploys::given_up(deploys::deploy(rig, service, deploys::DATA_GOES_BACK).await),
         Cut::CodeGoesBack => deploys::given_up(deploys::deploy(rig, service, deploys::CODE_GOES_BACK).await),
-        Cut::Rollback => service.rollback(&caller(), "shop", "v1").await.map(drop),
+        Cut::RollbackOfCode => {
+            let request = api::Rollback { code_only: true, ..to_release("v1") };
+            service.rollback(&caller(), "shop", &request).await.map(drop)
+        }
+        Cut::RollbackOfData => {
+            let request = api::Rollback { data_only: true, ..to_release("v1") };
+            service.rollback(&caller(), "shop", &request).await.map(drop)
+        }
+        Cut::Rollback => service.rollback(&caller(), "shop", &to_release("v1")).await.map(drop),
         Cut::Suspend => service.suspend_compute(&caller(), "shop", "prod").await.map(drop),
         Cut::Drill => service.drill(&caller(), "shop", "prod", api::DrillBranch::default()).await.map(drop),
         Cut::Export => {
@@ -739,6 +753,16 @@ async fn check(rig: &Rig, service: &Arc<Service>, cut: Cut) -> bool {
         Cut::DescribedRelease => deploys::check_done(rig, service).await,
         Cut::ReleaseGoesBack => deploys::check_data_back(rig, service).await,
         Cut::CodeGoesBack => deploys::check_code_back(rig, service).await,
+        Cut::RollbackOfCode => {
+            let all = set(&["1", "2", "3", "4", "migration 1.sql", "migration 2.sql"]);
+            assert_eq!(rows(rig, service, "prod").await.into_iter().collect::<Rows>(), all);
+            rig.code().as_deref() == Some("one")
+        }
+        Cut::RollbackOfData => {
+            assert_eq!(rig.code().as_deref(), Some("two"));
+            let data: Rows = rows(rig, service, "prod").await.into_iter().collect();
+            data == set(&["1", "2", "3", "migration 1.sql"])
+        }
         Cut::Rollback => {
             let done = branch("rescue-prod-1").await;
             let old = set(&["1", "2", "3", "4", "migration 1.sql", "migration 2.sql"]);
@@ -812,6 +836,8 @@ cuts! {
     restore_cut_at_every_record_is_done_or_undone Restore
     release_cut_at_every_record_is_done_or_undone Release
     rollback_cut_at_every_record_is_done_or_undone Rollback
+    rollback_of_code_cut_at_every_record_is_done_or_undone RollbackOfCode
+    rollback_of_data_cut_at_every_record_is_done_or_undone RollbackOfData
     suspend_cut_at_every_record_is_done_or_undone Suspend
     export_cut_at_every_record_is_done_or_undone Export
     drill_cut_at_every_record_is_done_or_undone Drill

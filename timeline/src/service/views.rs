@@ -126,7 +126,7 @@ pub(super) fn release_view(state: &ProjectState, release: &state::Release, whole
 
 /// What a plan of a rollback says to people.
 pub(super) fn rollback_view(state: &ProjectState, plan: &Plan) -> Result<api::RollbackPlan> {
-    let Plan::Rollback { to, artifact, code_from, set_aside, checkpoint, .. } = plan else {
+    let Plan::Rollback { to, part, artifact, code_from, set_aside, checkpoint, .. } = plan else {
         return Err(Refusal::TooLate("the operation is no rollback".to_owned()).into());
     };
     let release = state.release_by_id(*to).map(|release| release.name.clone()).unwrap_or_default();
@@ -135,12 +135,14 @@ pub(super) fn rollback_view(state: &ProjectState, plan: &Plan) -> Result<api::Ro
         checkpoint: checkpoint.clone(),
         code: api::CodeSwitch { from: code_from.clone(), to: artifact.clone() },
         set_aside: set_aside.clone(),
+        part: *part,
+        written: None,
     })
 }
 
 /// Names for what a ledger's entries mean: who, what, on what, how far.
 #[derive(Debug, Default)]
-pub(super) struct Reader {
+pub(crate) struct Reader {
     state: ProjectState,
     /// What each operation is about, as its first entry told it: later on the names may be gone.
     on: HashMap<OperationId, String>,

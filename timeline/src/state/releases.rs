@@ -33,6 +33,22 @@ impl ProjectState {
 
     pub(super) fn apply_deploy(&mut self, entry: &Entry<Event>, event: &Event) -> Result<(), String> {
         match event {
+            Event::CodeRolledBack { to, releases } => {
+                for release in releases {
+                    let known = self.release_mut(*release)?;
+                    if known.stage == ReleaseStage::Deployed {
+                        known.fault = Some("its code was taken back".to_owned());
+                        self.advance_release(*release, ReleaseEvent::Fail)?;
+                    }
+                }
+                self.code = Some(self.release_mut(*to)?.id);
+            }
+            Event::DataRolledBack { releases } => {
+                for release in releases {
+                    // Deploying the same again has something to do.
+                    self.release_mut(*release)?.fault = Some("its data was taken back".to_owned());
+                }
+            }
             Event::ReleaseRehearsed { release, report } => {
                 self.found(*release)?.rehearsal = Some(report.clone());
             }

@@ -148,6 +148,8 @@ fn takes_away(event: &Event) -> bool {
         | Event::ReleaseDeployed { .. }
         | Event::ReleaseFailed { .. }
         | Event::ReleasesRolledBack { .. }
+        | Event::CodeRolledBack { .. }
+        | Event::DataRolledBack { .. }
         | Event::ReleaseRehearsed { .. }
         | Event::ReleaseMigrated { .. }
         | Event::ReleaseProbed { .. }

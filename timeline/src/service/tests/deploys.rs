@@ -129,13 +129,13 @@ async fn what_fails_in_the_rehearsal_touches_nothing() {
     assert_eq!(data(&rig, &service, "prod").await, set(OLD));
     assert!(service.checkpoints("shop", "prod").await.unwrap().iter().all(|one| one.name.as_str() != "before-v2"));
     // Such a release is nothing to go back behind.
-    let error = service.plan_rollback("shop", "v1").await.unwrap_err();
+    let error = service.plan_rollback("shop", &to_release("v1")).await.unwrap_err();
     assert!(error.chain().contains("before they touched anything"), "{}", error.chain());
     rig.node.0.lock().fail_migration = None;
     let wrong = deploy(&rig, &service, &WELL.replace("expect = 5", "expect = 7")).await.unwrap_err();
     assert!(wrong.chain().contains("probe \"rows\" answers \"5\", not \"7\""), "{}", wrong.chain());
     deploy(&rig, &service, WELL).await.unwrap();
-    assert_eq!(service.plan_rollback("shop", "v1").await.unwrap().checkpoint.as_str(), "before-v4");
+    assert_eq!(service.plan_rollback("shop", &to_release("v1")).await.unwrap().checkpoint.as_str(), "before-v4");
     assert_settled(&rig, &service).await;
 }
 
@@ -215,4 +215,35 @@ async fn what_it_says_of_itself_must_be_right_and_what_it_needs_must_be_there() 
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("KEY"), "secret").unwrap();
     deploy(&rig, &service, &needs).await.unwrap();
+}
+
+#[tokio::test]
+async fn code_and_data_can_go_back_alone() {
+    let (rig, service) = prepared().await;
+    deploy(&rig, &service, WELL).await.unwrap();
+    write(&rig, &service, "prod", "4").await;
+    let code = api::Rollback { code_only: true, ..to_release("v1") };
+    let plan = service.plan_rollback("shop", &code).await.unwrap();
+    assert_eq!((plan.set_aside.transactions, plan.set_aside.layers), (None, 0));
+    assert!(service.rollback(&caller(), "shop", &code).await.unwrap().value.rescue.is_none());
+    assert_eq!(rig.code().as_deref(), Some("one"));
+    assert!(data(&rig, &service, "prod").await.contains("4"));
+    let error = service.rollback(&caller(), "shop", &code).await.unwrap_err();
+    assert!(error.chain().contains("its code is in service"), "{}", error.chain());
+    // The data of what has no code any more can still follow.
+    let back = service.rollback(&caller(), "shop", &to_release("v1")).await.unwrap().value;
+    assert_eq!(data(&rig, &service, "prod").await, set(OLD));
+    assert!(data(&rig, &service, back.rescue.unwrap().name.as_str()).await.contains("4"));
+
+    // After the data went back alone, the same release has something to do again.
+    let third = deploy(&rig, &service, WELL).await.unwrap().value;
+    let alone = api::Rollback { data_only: true, ..to_release("v1") };
+    service.rollback(&caller(), "shop", &alone).await.unwrap();
+    assert_eq!((rig.code().as_deref(), data(&rig, &service, "prod").await), (Some("two"), set(OLD)));
+    let again = deploy(&rig, &service, WELL).await.unwrap();
+    assert!(again.new && again.value.id != third.id);
+    assert_eq!(data(&rig, &service, "prod").await, set(NEW));
+    let both = api::Rollback { code_only: true, data_only: true, ..to_release("v1") };
+    assert_eq!(service.rollback(&caller(), "shop", &both).await.unwrap_err().kind(), ErrorKind::Invalid);
+    assert_settled(&rig, &service).await;
 }
