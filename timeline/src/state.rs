@@ -34,6 +34,10 @@ pub const WINDOW_DEFAULT_MS: u64 = 7 * 24 * 3600 * 1000;
 /// LIMIT: drills remembered per branch, besides the last one of each checkpoint; all of them are in the ledger.
 const DRILLS_MAX: usize = 32;
 
+/// LIMIT: operations that were undone and are remembered: whoever carried one out, and was not the one who undid it, looks
+/// soon.
+const UNDONE_MAX: usize = 8;
+
 /// A project as its ledger tells it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ProjectState {
@@ -51,6 +55,8 @@ pub struct ProjectState {
     pub code: Option<ReleaseId>,
     /// Operations that are neither done nor undone.
     pub operations: BTreeMap<OperationId, Operation>,
+    /// Why the newest operations that were undone were, oldest first.
+    pub undone: VecDeque<(OperationId, Arc<str>)>,
     /// Acts that came with an idempotency key and were not undone, oldest first.
     pub keys: VecDeque<Arc<KeyUse>>,
     /// Rescue branches made so far, per branch: numbers are not used twice.
@@ -610,9 +616,13 @@ impl ProjectState {
                         operation.phase.next(PhaseEvent::Commit).map_err(|illegal| illegal.to_string())?;
                 }
             }
-            Event::OperationDone => self.end(entry, PhaseEvent::Finish)?,
-            Event::OperationUndone { .. } => {
-                self.end(entry, PhaseEvent::Undo)?;
+            Event::OperationDone => drop(self.end(entry, PhaseEvent::Finish)?),
+            Event::OperationUndone { why } => {
+                let op = self.end(entry, PhaseEvent::Undo)?;
+                if self.undone.len() == UNDONE_MAX {
+                    self.undone.pop_front();
+                }
+                self.undone.push_back((op, why.as_str().into()));
                 // An act that came to nothing does not use up its key: the caller may try again with it.
                 self.keys.retain(|used| Some(used.op) != entry.op);
             }
@@ -685,11 +695,11 @@ impl ProjectState {
             .ok_or_else(|| format!("operation {op} is not under way"))
     }
 
-    fn end(&mut self, entry: &Entry<Event>, how: PhaseEvent) -> Result<(), String> {
+    fn end(&mut self, entry: &Entry<Event>, how: PhaseEvent) -> Result<OperationId, String> {
         let (op, operation) = self.operation_of(entry)?;
         operation.phase.next(how).map_err(|illegal| illegal.to_string())?;
         self.operations.remove(&op);
-        Ok(())
+        Ok(op)
     }
 }
 

@@ -183,9 +183,7 @@ impl Service {
             return self.imported_before(before);
         }
         let import = self.admit_import(op, (facts.name, name), facts.pg_major, facts.verifier, &fresh, wish);
-        // From here on whoever carries it out says so.
-        self.carry_on(project.clone(), import.clone());
-        drop(driven);
+        self.carry_on(driven, project.clone(), import.clone());
         Ok(Answer { value: import.view(), new: true })
     }
 
@@ -221,12 +219,13 @@ impl Service {
                 return Err(error);
             }
         };
+        let project = Arc::new(project);
         // Before anybody sees it: what nobody carries out is undone.
-        project.driven.lock().insert(op);
+        let driven = Driven::new(&project, op);
         let project = self.admit(project);
         let verifier = project.ledger.state().facts()?.verifier.clone();
         let import = self.admit_import(op, (name, branch), pg_major, verifier, &fresh, wish);
-        self.carry_on(project, import.clone());
+        self.carry_on(driven, project, import.clone());
         Ok(Answer { value: import.view(), new: true })
     }
 
@@ -263,12 +262,11 @@ impl Service {
         import
     }
 
-    /// Carries an import out, in a task of its own.
-    fn carry_on(self: &Arc<Self>, project: Arc<Project>, import: Arc<Import>) {
-        // INVARIANT: never unmarked between the entry that begins it and the task that carries it out.
-        project.driven.lock().insert(import.op);
+    /// Carries an import out, in a task of its own. It was driven since before the entry that began it.
+    fn carry_on(self: &Arc<Self>, driven: Driven, project: Arc<Project>, import: Arc<Import>) {
         let service = self.clone();
         self.tasks.spawn(async move {
+            let _driven = driven;
             let plan = project.ledger.state().operations.get(&import.op).map(|operation| operation.plan.clone());
             let outcome = service.drive(&project, import.op).await;
             if let (Ok(()), Some(plan)) = (&outcome, &plan) {

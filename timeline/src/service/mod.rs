@@ -201,8 +201,8 @@ struct Project {
     /// How many entries it had then. What came after, while this node was the owner, this process has recorded.
     entries_when_opened: u64,
     cells: Mutex<HashMap<BranchId, Arc<Cell>>>,
-    /// Operations that a task of this process carries out.
-    driven: Mutex<HashSet<OperationId>>,
+    /// Operations that tasks of this process carry out, and how many say so: see [`saga::Driven`].
+    driven: Mutex<HashMap<OperationId, usize>>,
 }
 
 impl Project {

@@ -108,7 +108,7 @@ impl Service {
         let then = vec![branch(PROD), branch(DEV), Event::OperationDone];
         let made = self.make_project(caller, id, &request, pg_major, (OperationId::generate(), plan, then)).await;
         let project = match made {
-            Ok(project) => self.admit(project),
+            Ok(project) => self.admit(Arc::new(project)),
             Err(error) => {
                 // Best effort now; the reconciler and the next start do the same.
                 let _ = self.settle_reserved(id, &request.name).await;
@@ -167,8 +167,7 @@ impl Service {
     }
 
     /// Makes a project known to everybody.
-    pub(super) fn admit(&self, project: Project) -> Arc<Project> {
-        let project = Arc::new(project);
+    pub(super) fn admit(&self, project: Arc<Project>) -> Arc<Project> {
         self.projects.write().insert(project.id, project.clone());
         self.layers_changed.notify_one();
         project

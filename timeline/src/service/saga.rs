@@ -9,6 +9,7 @@
 //!
 //! What each act's steps are, and which one is its point of no return, stands at [`Plan::steps`].
 
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,21 +61,27 @@ enum Begun {
 }
 
 /// An operation is being driven as long as this lives.
-pub(super) struct Driven<'a> {
-    project: &'a Project,
+#[derive(Debug)]
+pub(super) struct Driven {
+    project: Arc<Project>,
     op: OperationId,
 }
 
-impl<'a> Driven<'a> {
-    pub(super) fn new(project: &'a Project, op: OperationId) -> Self {
-        project.driven.lock().insert(op);
-        Self { project, op }
+impl Driven {
+    pub(super) fn new(project: &Arc<Project>, op: OperationId) -> Self {
+        *project.driven.lock().entry(op).or_default() += 1;
+        Self { project: project.clone(), op }
     }
 }
 
-impl Drop for Driven<'_> {
+impl Drop for Driven {
     fn drop(&mut self) {
-        self.project.driven.lock().remove(&self.op);
+        if let Entry::Occupied(mut count) = self.project.driven.lock().entry(self.op) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 }
 
@@ -164,20 +171,25 @@ impl Service {
     pub(super) async fn drive(self: &Arc<Self>, project: &Arc<Project>, op: OperationId) -> Result<()> {
         let _driven = Driven::new(project, op);
         let mut under = Under::default();
-        let mut tries = 0;
+        let (mut tries, mut went_well) = (0, false);
         loop {
             let state = project.ledger.state();
             let Some(operation) = state.operations.get(&op) else {
+                // By another node, say, which took this one for dead.
+                let undone = state.undone.iter().find(|(other, _)| *other == op && !went_well);
+                if let Some((_, why)) = undone {
+                    return Err(Refusal::TooLate(format!("it was undone meanwhile: {why}")).into());
+                }
                 break;
             };
             let Some(step) = operation.next_step() else {
                 break;
             };
             let Err(error) = self.do_step(project, op, operation, step, &mut under).await else {
-                tries = 0;
+                (tries, went_well) = (0, true);
                 continue;
             };
-            tries += 1;
+            (tries, went_well) = (tries + 1, false);
             match self.give_up(project, op, operation, error.chain(), &mut under).await {
                 Ok(GaveUp::GoesBack) => tries = 0,
                 Ok(GaveUp::Undone) => {
@@ -454,7 +466,7 @@ impl Service {
             return self.report("reading a ledger", &error);
         }
         for (op, operation) in &project.ledger.state().operations {
-            if project.driven.lock().contains(op) {
+            if project.driven.lock().contains_key(op) {
                 continue;
             }
             if let Err(error) = self.recover_one(project, *op, operation).await {
@@ -480,7 +492,7 @@ impl Service {
         };
         // Whoever carried it out may have ended it before the lock was free.
         let state = project.ledger.state();
-        let Some(operation) = state.operations.get(&op).filter(|_| !project.driven.lock().contains(&op)) else {
+        let Some(operation) = state.operations.get(&op).filter(|_| !project.driven.lock().contains_key(&op)) else {
             return Ok(());
         };
         let act = operation.plan.act();

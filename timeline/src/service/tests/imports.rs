@@ -25,6 +25,31 @@ async fn an_import_that_fails_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn an_import_into_a_project_is_carried_out_from_its_first_entry_on() {
+    let rig = Rig::new().await;
+    let service = rig.open().await;
+    let request = api::CreateProject { name: "shop".parse().unwrap(), current: None, pg_major: None };
+    service.create_project(&caller(), request).await.unwrap();
+    rig.node.0.lock().import_pauses = Some(Arc::default());
+    let request = api::StartImport {
+        project: "shop".parse().unwrap(),
+        branch: Some("copy".parse().unwrap()),
+        from: api::ImportOrigin::Directory { path: "/elsewhere".into() },
+        follow: false,
+        database: None,
+    };
+    let begun = service.import(&caller(), request).await.unwrap().value;
+    // Nobody takes it for interrupted: not before its task runs for the first time, and not while it does.
+    service.recover().await;
+    wait_until(|| !rig.node.0.lock().staged.is_empty()).await;
+    service.recover().await;
+    rig.node.0.lock().import_pauses.take().unwrap().notify_one();
+    wait_until(|| service.show_import(begun.id).unwrap().state != api::ImportState::Running).await;
+    assert_eq!(service.show_import(begun.id).unwrap().state, api::ImportState::Done);
+    service.branch("shop", "copy").await.unwrap();
+}
+
+#[tokio::test]
 async fn while_an_import_is_under_way_it_can_be_watched_and_cancelled_and_its_project_stays() {
     let rig = Rig::new().await;
     let service = rig.open().await;
