@@ -2,7 +2,9 @@
 //!
 //! A request that may work later ([`Passing`]) is sent again after a pause that doubles and is jittered, until the
 //! call's patience is over. A budget over all calls keeps retries from becoming the load that a struggling store dies
-//! of: each costs one token, and it takes ten requests that were answered to earn one.
+//! of: each takes a token, which comes back if the call is answered in the end. Where no token is left, a call is
+//! repeated after the longest pause only: a store that fails a third of all requests still gets everybody's work done,
+//! and one that fails all of them hears little.
 
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// LIMIT: enough for every call under way on a busy node to be repeated a few times when a store restarts.
 const TOKENS_MAX: f64 = 100.0;
 
-/// LIMIT: in the long run at most a tenth more requests than there are calls.
+/// What an answer earns besides: after an outage retries are soon as quick as before.
 const TOKENS_PER_ANSWER: f64 = 0.1;
 
 /// The retries of all calls on one store.
@@ -41,18 +43,20 @@ impl Retries {
         F: Future<Output = Result<T, Fault>>,
     {
         let began = Instant::now();
-        let mut failures = 0;
+        let (mut failures, mut spent) = (0, 0.0);
         loop {
             let fault = match attempt().await {
                 Ok(answer) => {
-                    self.earn();
+                    self.earn(spent + TOKENS_PER_ANSWER);
                     return Ok(answer);
                 }
                 Err(fault) => fault,
             };
             let Kind::Passing(why) = fault.kind else { return Err(fault) };
-            let pause = pause(why, failures);
-            if began.elapsed() + pause > patience || !self.spend() {
+            let granted = self.spend();
+            let pause = if granted { pause(why, failures) } else { half_to_all_of(PAUSE_MAX) };
+            spent += f64::from(u8::from(granted));
+            if began.elapsed() + pause > patience {
                 return Err(fault);
             }
             failures += 1;
@@ -62,9 +66,9 @@ impl Retries {
         }
     }
 
-    fn earn(&self) {
+    fn earn(&self, earned: f64) {
         let mut tokens = self.tokens.lock();
-        *tokens = (*tokens + TOKENS_PER_ANSWER).min(TOKENS_MAX);
+        *tokens = (*tokens + earned).min(TOKENS_MAX);
     }
 
     fn spend(&self) -> bool {
@@ -73,7 +77,7 @@ impl Retries {
         if granted {
             *tokens -= 1.0;
         } else {
-            metrics::counter!("ebb_storage_bucket_retries_refused_total").increment(1);
+            metrics::counter!("ebb_storage_bucket_retries_postponed_total").increment(1);
         }
         granted
     }
@@ -82,7 +86,10 @@ impl Retries {
 /// Between half and all of a time that doubles.
 fn pause(why: Passing, failures: u32) -> Duration {
     let first = if why == Passing::Throttled { FIRST_PAUSE_THROTTLED } else { FIRST_PAUSE };
-    let longest = first.saturating_mul(1 << failures.min(16)).min(PAUSE_MAX);
+    half_to_all_of(first.saturating_mul(1 << failures.min(16)).min(PAUSE_MAX))
+}
+
+fn half_to_all_of(longest: Duration) -> Duration {
     rand::random_range(longest / 2..=longest)
 }
 
@@ -128,17 +135,30 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_store_that_fails_everything_gets_hardly_more_requests_than_calls() {
-        let retries = Retries::new();
-        let mut made = 0;
-        for _ in 0..1000 {
-            made += attempts(&retries, u32::MAX, Kind::Passing(Passing::Server)).await.0;
+    async fn a_store_that_fails_everything_is_asked_once_a_second_by_each_call() {
+        let (retries, began) = (Retries::new(), Instant::now());
+        let mut repeated = 0;
+        for _ in 0..100 {
+            repeated += attempts(&retries, u32::MAX, Kind::Passing(Passing::Server)).await.0 - 1;
         }
-        assert_eq!(made, 1000 + TOKENS_MAX as u32);
+        let most = TOKENS_MAX + began.elapsed().as_secs_f64() / (PAUSE_MAX / 2).as_secs_f64();
+        assert!(f64::from(repeated) <= most, "{repeated} of {most}");
+        // The outage is over: what is repeated has to wait only until others were answered.
         for _ in 0..20 {
             assert_eq!(attempts(&retries, 0, Kind::Refused).await, (1, true));
         }
-        assert_eq!(attempts(&retries, 1, Kind::Passing(Passing::Server)).await, (2, true), "tokens are earned again");
+        let began = Instant::now();
+        assert_eq!(attempts(&retries, 1, Kind::Passing(Passing::Server)).await, (2, true));
+        assert!(began.elapsed() <= FIRST_PAUSE, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_fails_often_gets_all_work_done_and_costs_no_tokens() {
+        let (retries, began) = (Retries::new(), Instant::now());
+        for _ in 0..1000 {
+            assert_eq!(attempts(&retries, 2, Kind::Passing(Passing::Server)).await, (3, true));
+        }
+        assert!(began.elapsed() <= (FIRST_PAUSE * 3) * 1000, "{:?}", began.elapsed());
     }
 
     #[test]
