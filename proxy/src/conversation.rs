@@ -52,8 +52,9 @@ pub enum TransactionState {
 /// What the server will answer with a `ReadyForQuery`, or end of a copy that the server has not begun yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Awaited {
-    /// A `Query` or `FunctionCall`: some other message comes before its `ReadyForQuery`.
-    Query,
+    /// A `Query` or `FunctionCall`: some other message comes before its `ReadyForQuery`. `amid`: an `Execute` before it
+    /// has no `Sync`, and may copy, too.
+    Query { amid: bool },
     /// A `Sync` after messages that are answered each; `several`: some of them follow an `Execute`.
     WorkSync { several: bool },
     /// A `Sync` with nothing to answer before it.
@@ -358,7 +359,7 @@ impl Conversation {
             self.astray = true;
         }
         match tag {
-            b'Q' | b'F' => self.sync_point(Awaited::Query),
+            b'Q' | b'F' => self.sync_point(Awaited::Query { amid: self.executed }),
             b'S' => match &mut self.copy {
                 CopyIn::Receiving { dropped } => {
                     *dropped += 1;
@@ -511,7 +512,9 @@ impl Conversation {
     /// own; if it is a `Sync`, that fell into the copy, like all others up to the copy's end.
     fn copy_begins(&mut self) {
         let head = self.awaiting.iter().position(|awaited| *awaited != Awaited::CopyEnd);
-        let by_query = head.is_some_and(|head| self.awaiting[head] == Awaited::Query);
+        let by_query = head.is_some_and(|head| matches!(self.awaiting[head], Awaited::Query { .. }));
+        // Whose copy it is cannot be told.
+        self.astray |= head.is_some_and(|head| self.awaiting[head] == Awaited::Query { amid: true });
         if let Some(head) = head.filter(|_| by_query) {
             // Ends before the query belong to an earlier copy that failed.
             self.awaiting.drain(..head);
@@ -522,10 +525,10 @@ impl Conversation {
         let before = self.awaiting.len();
         // Messages that are answered each, sent before the client knew of the copy: those behind its own end it.
         let mut others = self.awaiting.range(upto.min(1)..upto);
-        let in_others = others.any(|awaited| matches!(awaited, Awaited::Query | Awaited::WorkSync { .. }));
+        let in_others = others.any(|awaited| matches!(awaited, Awaited::Query { .. } | Awaited::WorkSync { .. }));
         let in_own = match self.awaiting.front() {
             Some(Awaited::WorkSync { several }) => *several,
-            Some(Awaited::Query | Awaited::BareSync) => false,
+            Some(Awaited::Query { .. } | Awaited::BareSync) => false,
             // Its sync point is not sent yet.
             Some(Awaited::CopyEnd) | None => self.several,
         };
@@ -564,12 +567,12 @@ impl Conversation {
                     self.awaiting.clear();
                     return;
                 }
-                Some(Awaited::Query | Awaited::WorkSync { .. }) if !replied => {
+                Some(Awaited::Query { .. } | Awaited::WorkSync { .. }) if !replied => {
                     self.doubt -= 1;
                     return;
                 }
                 // Something was answered: all that were too many have come before.
-                Some(Awaited::Query | Awaited::WorkSync { .. }) => self.doubt = 0,
+                Some(Awaited::Query { .. } | Awaited::WorkSync { .. }) => self.doubt = 0,
                 Some(_) => {}
             }
         }
