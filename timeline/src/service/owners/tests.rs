@@ -55,6 +55,15 @@ async fn write(rig: &Rig, service: &Arc<Service>, branch: BranchId, row: &str) {
     rig.node.write(branch, row);
 }
 
+/// A branch with a row that is in the bucket.
+async fn create_with(rig: &Rig, service: &Arc<Service>, row: &str) -> BranchId {
+    let branch = create(service).await;
+    write(rig, service, branch, row).await;
+    checkpoint(service, "c").await.unwrap();
+    service.upload_pending().await.unwrap();
+    branch
+}
+
 async fn rows(rig: &Rig, service: &Arc<Service>, branch: BranchId) -> Vec<String> {
     service.wake(branch).await.unwrap();
     rig.node.rows(branch).into_iter().collect()
@@ -82,10 +91,7 @@ fn owner(service: &Arc<Service>) -> Owner {
 async fn a_node_that_is_gone_is_taken_over_and_can_do_nothing_when_it_comes_back() {
     let rig = Rig::new().await;
     let old = open(&rig, "old").await;
-    let prod = create(&old).await;
-    write(&rig, &old, prod, "kept").await;
-    checkpoint(&old, "c").await.unwrap();
-    old.upload_pending().await.unwrap();
+    let prod = create_with(&rig, &old, "kept").await;
     rig.node.write(prod, "of the old node alone");
 
     let other = beside(&rig).await;
@@ -165,10 +171,7 @@ async fn of_many_that_take_over_at_once_one_does() {
 async fn what_a_dead_node_had_begun_is_finished_by_another() {
     let rig = Rig::new().await;
     let old = open(&rig, "old").await;
-    let prod = create(&old).await;
-    write(&rig, &old, prod, "a").await;
-    checkpoint(&old, "c").await.unwrap();
-    old.upload_pending().await.unwrap();
+    let prod = create_with(&rig, &old, "a").await;
     // Its plan is recorded, and its process killed.
     let project = old.project("shop").unwrap();
     let fresh = old.fresh();
@@ -350,10 +353,7 @@ async fn who_takes_over_says_so_first() {
 async fn a_takeover_that_was_decided_before_the_owner_came_back_is_refused() {
     let rig = Rig::new().await;
     let old = open(&rig, "old").await;
-    let prod = create(&old).await;
-    write(&rig, &old, prod, "a").await;
-    checkpoint(&old, "c").await.unwrap();
-    old.upload_pending().await.unwrap();
+    let prod = create_with(&rig, &old, "a").await;
     let other = beside(&rig).await;
     let new = open(&other, "new").await;
     until_gone(&new, prod).await;
@@ -376,10 +376,7 @@ async fn a_takeover_that_was_decided_before_the_owner_came_back_is_refused() {
 async fn a_compute_that_started_while_its_project_was_lost_serves_nobody() {
     let rig = Rig::new().await;
     let old = open(&rig, "old").await;
-    let prod = create(&old).await;
-    write(&rig, &old, prod, "a").await;
-    checkpoint(&old, "c").await.unwrap();
-    old.upload_pending().await.unwrap();
+    let prod = create_with(&rig, &old, "a").await;
     old.suspend_compute(&caller(), "shop", "prod").await.unwrap();
     old.upload_pending().await.unwrap();
     let other = beside(&rig).await;
