@@ -365,11 +365,8 @@ impl Nodes {
     /// # Errors
     /// As [`Nodes::look`].
     pub async fn has_company(&self) -> Result<bool> {
-        let is_fresh = {
-            let inner = self.inner.lock();
-            inner.looked.is_some_and(|(_, term)| term == inner.term)
-        };
-        if !is_fresh {
+        let has_looked = self.inner.lock().has_looked();
+        if !has_looked {
             self.look().await?;
         }
         Ok(self.inner.lock().seen.values().any(|seen| !seen.record.stopped))
@@ -420,10 +417,7 @@ impl Nodes {
         let hold = asked.await.unwrap_or(false);
         let mut inner = self.inner.lock();
         // What was promised too late does not undo what may have happened before.
-        if hold
-            && peers == inner.peers
-            && begun.0.as_nanos() < u128::from(self.unchallenged_until.load(Ordering::Acquire))
-        {
+        if hold && peers == inner.peers && self.is_unchallenged(begun) {
             inner.held_by_others = Some(Moment(begun.0 + time));
             self.publish(&inner);
         }
@@ -471,7 +465,11 @@ impl Nodes {
     /// Whether what its computes have said by now may be told: no other node can have taken over before they said it.
     /// Cheap enough to be asked with every message.
     pub fn may_answer(&self) -> bool {
-        Moment::now().0.as_nanos() < u128::from(self.unchallenged_until.load(Ordering::Acquire))
+        self.is_unchallenged(Moment::now())
+    }
+
+    fn is_unchallenged(&self, at: Moment) -> bool {
+        at.0.as_nanos() < u128::from(self.unchallenged_until.load(Ordering::Acquire))
     }
 
     /// Whether a node that was seen has not renewed its record in time. Asks nobody.
@@ -525,7 +523,12 @@ impl Inner {
 
     /// Whether no other node was alive when the records were last looked at, in this term, nor has been heard of since.
     fn is_alone(&self) -> bool {
-        self.peers.is_empty() && !self.stood_still && self.looked.is_some_and(|(_, term)| term == self.term)
+        self.peers.is_empty() && !self.stood_still && self.has_looked()
+    }
+
+    /// Whether the records were looked at in this term.
+    fn has_looked(&self) -> bool {
+        self.looked.is_some_and(|(_, term)| term == self.term)
     }
 }
 

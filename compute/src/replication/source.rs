@@ -163,22 +163,23 @@ impl TlsWords {
 /// than libpq.
 fn without_tls(url: &str) -> (String, TlsWords) {
     let mut words = TlsWords::default();
-    if !url.contains("://") {
-        // A value with a space in it, which is written in quotes, is left to the library.
-        let others = url.split(' ').filter(|pair| match pair.split_once('=') {
-            Some((name, value)) => words.place(name).map(|place| *place = Some(value.to_owned())).is_none(),
+    let mut others = |text: &str, between: &str, read: fn(&str) -> String| {
+        let others = text.split(between).filter(|pair| match pair.split_once('=') {
+            Some((name, value)) => words.place(name).map(|place| *place = Some(read(value))).is_none(),
             None => true,
         });
-        let rest = others.collect::<Vec<_>>().join(" ");
-        return (rest, words);
-    }
-    let Some((address, query)) = url.split_once('?') else { return (url.to_owned(), words) };
-    let others = query.split('&').filter(|option| match option.split_once('=') {
-        Some((name, value)) => words.place(name).map(|place| *place = Some(decoded(value))).is_none(),
-        None => true,
-    });
-    let rest = others.collect::<Vec<_>>().join("&");
-    (if rest.is_empty() { address.to_owned() } else { format!("{address}?{rest}") }, words)
+        others.collect::<Vec<_>>().join(between)
+    };
+    let rest = match (url.contains("://"), url.split_once('?')) {
+        // A value with a space in it, which is written in quotes, is left to the library.
+        (false, _) => others(url, " ", str::to_owned),
+        (true, None) => url.to_owned(),
+        (true, Some((address, query))) => match others(query, "&", decoded) {
+            rest if rest.is_empty() => address.to_owned(),
+            rest => format!("{address}?{rest}"),
+        },
+    };
+    (rest, words)
 }
 
 /// As libpq takes it; or why not, and what to do.

@@ -84,27 +84,29 @@ fn config(tls: &Tls) -> std::io::Result<ClientConfig> {
         Mode::Never | Mode::Prefer | Mode::Require => unnamed(None),
     };
     let Some(Client { certificate, key }) = &tls.client else { return Ok(builder.with_no_client_auth()) };
-    let unusable = |what: &str, path: &Path, why: String| {
-        std::io::Error::other(format!("{what} {} cannot be used: {why}", path.display()))
-    };
-    let chain = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| unusable("sslcert", certificate, error.to_string()))?;
-    let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable("sslkey", key, error.to_string()))?;
-    builder.with_client_auth_cert(chain, secret).map_err(|error| unusable("sslcert", certificate, error.to_string()))
+    let chain = certificates("sslcert", certificate)?;
+    let secret = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable("sslkey", key, &error))?;
+    builder.with_client_auth_cert(chain, secret).map_err(|error| unusable("sslcert", certificate, &error))
 }
 
 fn authorities(path: &Path) -> std::io::Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
-    let unusable = |why: String| std::io::Error::other(format!("sslrootcert {path:?} cannot be used: {why}"));
-    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unusable(error.to_string()))? {
-        let certificate = certificate.map_err(|error| unusable(error.to_string()))?;
-        roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
+    for certificate in certificates("sslrootcert", path)? {
+        roots.add(certificate).map_err(|error| unusable("sslrootcert", path, &error))?;
     }
     match roots.is_empty() {
-        true => Err(unusable("it holds no certificate".to_owned())),
+        true => Err(unusable("sslrootcert", path, &"it holds no certificate")),
         false => Ok(roots),
     }
+}
+
+fn certificates(what: &str, path: &Path) -> std::io::Result<Vec<CertificateDer<'static>>> {
+    let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    found.map_err(|error| unusable(what, path, &error))
+}
+
+fn unusable(what: &str, path: &Path, why: &dyn std::fmt::Display) -> std::io::Error {
+    std::io::Error::other(format!("{what} {path:?} cannot be used: {why}"))
 }
 
 /// Takes a certificate by whatever name, as libpq does without `verify-full`: of one of these authorities, or any. The

@@ -206,8 +206,7 @@ impl Service {
             Some(owner) => match self.nodes.standing_now(owner.node).await? {
                 Standing::Alive(record) => {
                     if project.is_awake_here() {
-                        let (service, project) = (self.clone(), project.clone());
-                        self.tasks.spawn(async move { service.lose(&project).await });
+                        self.lose(project).await;
                     }
                     return Err(project.elsewhere(Some(owner), Some(&record)));
                 }
@@ -452,7 +451,9 @@ impl Service {
                 match kept {
                     Ok(()) if project.is_ours() => {}
                     Err(error) if known => self.report("reading a ledger", &error),
-                    _ => self.lose(&project).await,
+                    _ if project.is_awake_here() => self.lose(&project).await,
+                    // Found out, and ended, by the claim.
+                    _ => {}
                 }
             })
             .await;
